@@ -1,0 +1,49 @@
+"""The exceptions of memladder.
+
+    MemladderError            one clear line; the command line prints it and exits with status 2
+    ├── UsageError            what was asked for is not possible: unknown name, bad number, unwritable folder
+    ├── ConfigError           a model's config.json is missing, broken, or of another type
+    ├── DeviceError           the device asked for is not here
+    ├── UnavailableError      a framework can't run here; carries the command that installs it
+    ├── LockedError           another memladder works in the same folder
+    ├── RecordError           a record is damaged, foreign, or of another schema version
+    └── CacheError            a cached file can't be made or is damaged
+"""
+
+from __future__ import annotations
+
+
+class MemladderError(Exception):
+    """Base of all errors that are the caller's to read; its text is one line."""
+
+
+class UsageError(MemladderError):
+    """What was asked for is not possible."""
+
+
+class ConfigError(MemladderError):
+    """A model configuration can't be used."""
+
+
+class DeviceError(MemladderError):
+    """The device asked for is not here."""
+
+
+class UnavailableError(MemladderError):
+    """A framework can't run here. `hint` is the command that makes it available, if there is one."""
+
+    def __init__(self, reason: str, hint: str | None = None) -> None:
+        super().__init__(reason)
+        self.hint = hint
+
+
+class LockedError(MemladderError):
+    """Another memladder works in the same folder."""
+
+
+class RecordError(MemladderError):
+    """A record is damaged, foreign, or of another schema version."""
+
+
+class CacheError(MemladderError):
+    """A cached file can't be made or is damaged."""

@@ -1,0 +1,114 @@
+"""What a framework is to memladder: available or not, prepared, and run phase by phase."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from memladder.case import Case
+from memladder.models import LayerConfig
+
+if TYPE_CHECKING:
+    import numpy as np
+
+Setting = str | int | float | bool
+
+
+@dataclass(frozen=True)
+class Availability:
+    """Whether a framework can run on a device here; if not, why, and what would change that."""
+
+    available: bool
+    version: str | None = None
+    reason: str | None = None
+    install: str | None = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """A case made concrete: the layer's configuration and where caches live."""
+
+    case: Case
+    config: LayerConfig
+    cache_dir: Path
+    seed: int = 0
+
+
+class OutOfMemoryError(Exception):
+    """Raised by a session when an allocation failed; `asked_bytes` where the framework tells."""
+
+    def __init__(self, message: str, asked_bytes: int | None = None) -> None:
+        super().__init__(message)
+        self.asked_bytes = asked_bytes
+
+
+class Session(ABC):
+    """A framework at work inside the worker. The worker calls the methods in this order.
+
+    A framework that compiles on its first call runs once inside `compile` and announces
+    `first run` itself at the moment when compiling is over; the worker then goes straight on.
+    """
+
+    def __init__(self, job: Job, announce: Callable[[str], None]) -> None:
+        """Phase `import`: load the libraries, nothing else."""
+        self.job = job
+        self.announce = announce
+
+    @abstractmethod
+    def context(self) -> None:
+        """Phase `context`: bring the device up."""
+
+    @abstractmethod
+    def weights(self) -> None:
+        """Phase `weights`: put the layer, and nothing else, on the device."""
+
+    @abstractmethod
+    def compile(self) -> None:
+        """Phase `compile`: make the layer ready to run on the case's shape."""
+
+    @abstractmethod
+    def run(self) -> None:
+        """One forward pass; returns when the device has finished it."""
+
+    @abstractmethod
+    def output(self) -> np.ndarray:
+        """The last pass's output as float32 [batch_size, seq_len, hidden_size], on the host."""
+
+    @abstractmethod
+    def settings(self) -> Mapping[str, Setting]:
+        """What a reader needs to reproduce this session: options, dtypes, providers."""
+
+    @abstractmethod
+    def categories(self) -> Mapping[str, int]:
+        """Bytes that only the framework can know: weights, allocator statistics, arenas."""
+
+
+class Framework(ABC):
+    """One way to run a layer. Instances hold no state; a file defines one as `FRAMEWORK`."""
+
+    title: ClassVar[str]
+    """Label in tables and figures."""
+    packages: ClassVar[tuple[str, ...]]
+    """Distributions whose versions belong into the record."""
+
+    @abstractmethod
+    def availability(self, device: str) -> Availability:
+        """Can it run on `device` (`cpu`, `cuda:N`) here? Imports nothing heavy."""
+
+    def environment(self, case: Case) -> Mapping[str, str]:
+        """Environment variables that must stand before the worker starts."""
+        return {}
+
+    def prepare(self, job: Job) -> None:
+        """Make what the session will read (weights, exported model). Runs in its own process."""
+
+    @abstractmethod
+    def tolerance(self, device: str) -> float:
+        """Largest ‖y − ref‖ / ‖ref‖ against the fp32 reference that still counts as agreement."""
+
+    @abstractmethod
+    def session(self, job: Job, announce: Callable[[str], None]) -> Session:
+        """Start a session; imports the framework's libraries."""

@@ -1,0 +1,256 @@
+"""The record: everything known about one measured case, immutable and schema-versioned.
+
+docs/record.md describes each field. Sizes are bytes, times seconds, both from the monotonic clock.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, TypeVar
+
+from memladder import serial
+from memladder.case import Case, Shape
+from memladder.errors import MemladderError, RecordError
+
+SCHEMA = 1
+T = TypeVar("T")
+
+PHASES = ("import", "context", "weights", "compile", "first run", "steady")
+
+
+class Status(StrEnum):
+    """How a case ended. Only `measured` may be drawn as a measurement."""
+
+    MEASURED = "measured"
+    PLANNED = "planned"
+    PREDICTED = "predicted"
+    OOM = "oom"
+    UNAVAILABLE = "unavailable"
+    FAILED = "failed"
+    TIMEOUT = "timeout"
+
+
+class Source(StrEnum):
+    """Where the headline bytes of a run come from."""
+
+    NVML_PROCESS = "nvml_process"
+    NVML_DEVICE_DELTA = "nvml_device_delta"
+    PSS = "pss"
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where a case ran. `device` is the GPU's name, or the processor's for the CPU."""
+
+    device: str
+    device_memory_bytes: int
+    driver: str | None
+    cuda: str | None
+    cpu: str
+    cores: int
+    memory_bytes: int
+    os: str
+    kernel: str
+
+
+@dataclass(frozen=True)
+class Environment:
+    """The machine and the software of one record."""
+
+    machine: Machine
+    python: str
+    packages: Mapping[str, str]
+    variables: Mapping[str, str]
+    commit: str | None
+    memladder: str
+
+    def same_as(self, other: Environment) -> bool:
+        """Would the two give comparable numbers? The commit alone does not decide that."""
+        return (self.machine, self.python, self.packages, self.variables, self.memladder) == (
+            other.machine,
+            other.python,
+            other.packages,
+            other.variables,
+            other.memladder,
+        )
+
+
+@dataclass(frozen=True)
+class LayerFacts:
+    """The layer that ran: its configuration, its parameters, the seed of its weights."""
+
+    config: Mapping[str, Any]
+    digest: str
+    parameters: int
+    weight_bytes: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class ForeignProcess:
+    """A process of somebody else seen on the device while a case ran."""
+
+    pid: int
+    name: str
+    peak_bytes: int
+
+
+@dataclass(frozen=True)
+class PhaseUse:
+    """One phase of one run. `peak_bytes` and `end_bytes` are of the run's `source`."""
+
+    name: str
+    start_s: float
+    end_s: float
+    polls: int
+    peak_bytes: int
+    end_bytes: int
+    device_peak_bytes: int | None
+    device_total_peak_bytes: int | None
+    pss_peak_bytes: int
+    uss_peak_bytes: int
+    rss_peak_bytes: int
+
+    def __post_init__(self) -> None:
+        if self.name not in PHASES:
+            raise RecordError(f"phase {self.name!r} is not one of {', '.join(PHASES)}")
+
+
+@dataclass(frozen=True)
+class TracePoint:
+    """One kept poll: time since the run's start, and what was read then."""
+
+    s: float
+    device_bytes: int | None
+    pss_bytes: int
+    rss_bytes: int
+
+
+@dataclass(frozen=True)
+class Run:
+    """One repeat of a case, from its own process."""
+
+    started: str
+    source: Source
+    phases: tuple[PhaseUse, ...]
+    passes: int
+    polls: int
+    polls_per_s: float
+    longest_gap_s: float
+    idle_device_bytes: int | None
+    foreign: tuple[ForeignProcess, ...]
+    categories: Mapping[str, int]
+    trace: tuple[TracePoint, ...]
+
+    @property
+    def steady_bytes(self) -> int:
+        """High-water mark of the steady phase: what the process needs to go on working."""
+        return next(phase.peak_bytes for phase in self.phases if phase.name == "steady")
+
+    @property
+    def peak_bytes(self) -> int:
+        """High-water mark of the whole run, loading and compiling included."""
+        return max(phase.peak_bytes for phase in self.phases)
+
+
+@dataclass(frozen=True)
+class Record:
+    """One case and how it ended. Bytes exist only where `status` is `measured`."""
+
+    case: Case
+    status: Status
+    reason: str | None
+    hint: str | None
+    asked_bytes: int | None
+    layer: LayerFacts | None
+    settings: Mapping[str, str | int | float | bool]
+    environment: Environment
+    runs: tuple[Run, ...]
+    schema: int = SCHEMA
+
+    def __post_init__(self) -> None:
+        if self.schema != SCHEMA:
+            raise RecordError(f"schema {self.schema} is not {SCHEMA}, the one this version reads")
+        if (self.status is Status.MEASURED) != bool(self.runs):
+            raise RecordError(f"{self.case.id}: status {self.status} with {len(self.runs)} runs")
+        if self.status is not Status.MEASURED and not self.reason:
+            raise RecordError(f"{self.case.id}: status {self.status} without a reason")
+        for run in self.runs:
+            if "steady" not in {phase.name for phase in run.phases}:
+                raise RecordError(f"{self.case.id}: a run without a steady phase")
+
+    @property
+    def steady_bytes(self) -> int | None:
+        """Median over the runs of the steady phase's high-water mark; None unless measured."""
+        return round(statistics.median(r.steady_bytes for r in self.runs)) if self.runs else None
+
+    @property
+    def peak_bytes(self) -> int | None:
+        """Largest high-water mark of any run and phase; None unless measured."""
+        return max((run.peak_bytes for run in self.runs), default=None)
+
+    @property
+    def spread(self) -> float | None:
+        """(max − min) / median of `steady_bytes` over the runs; None below two runs."""
+        if len(self.runs) < 2:
+            return None
+        values = [run.steady_bytes for run in self.runs]
+        return (max(values) - min(values)) / statistics.median(values)
+
+
+@dataclass(frozen=True)
+class Check:
+    """One comparison with the fp32 reference: ‖y − ref‖ / ‖ref‖ and its bound."""
+
+    model: str
+    shape: Shape
+    error: float
+    tolerance: float
+
+    @property
+    def agrees(self) -> bool:
+        """NaN never agrees."""
+        return self.error <= self.tolerance
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Whether a framework computes the layers' function, in one environment."""
+
+    framework: str
+    device: str
+    checks: tuple[Check, ...]
+    settings: Mapping[str, str | int | float | bool]
+    environment: Environment
+    schema: int = SCHEMA
+
+    @property
+    def agrees(self) -> bool:
+        """All checks agree, and there was at least one for every model."""
+        return bool(self.checks) and all(check.agrees for check in self.checks)
+
+
+def dumps(record: Record | Verification) -> str:
+    """The JSON text of a record."""
+    return json.dumps(serial.to_json(record), indent=1, allow_nan=True) + "\n"
+
+
+def loads_record(text: str) -> Record:
+    """The record in a JSON text. Raises RecordError."""
+    return _loads(Record, text)
+
+
+def loads_verification(text: str) -> Verification:
+    """The verification in a JSON text. Raises RecordError."""
+    return _loads(Verification, text)
+
+
+def _loads(kind: type[T], text: str) -> T:
+    try:
+        return serial.from_json(kind, json.loads(text))
+    except (ValueError, MemladderError, RecursionError) as error:
+        raise RecordError(f"not a memladder {kind.__name__.lower()}: {error}") from None
