@@ -1,7 +1,7 @@
 """The exceptions of memladder.
 
     MemladderError            one clear line; the command line prints it and exits with status 2
-    ├── UsageError            what was asked for is not possible: unknown name, bad number, unwritable folder
+    ├── UsageError            what was asked for is not possible: unknown name, bad number, full disk
     ├── ConfigError           a model's config.json is missing, broken, or of another type
     ├── DeviceError           the device asked for is not here
     ├── UnavailableError      a framework can't run here; carries the command that installs it
@@ -30,7 +30,7 @@ class DeviceError(MemladderError):
 
 
 class UnavailableError(MemladderError):
-    """A framework can't run here. `hint` is the command that makes it available, if there is one."""
+    """A framework can't run here. `hint` is the command that makes it available, if any."""
 
     def __init__(self, reason: str, hint: str | None = None) -> None:
         super().__init__(reason)

@@ -56,7 +56,9 @@ def _read(kind: Any, data: Any, where: str) -> Any:
         _expect(data in list(kind), data, f"one of {', '.join(kind)}", where)
         return kind(data)
     if kind is float:
-        _expect(isinstance(data, (int, float)) and not isinstance(data, bool), data, "a number", where)
+        _expect(
+            isinstance(data, (int, float)) and not isinstance(data, bool), data, "a number", where
+        )
         return float(data)
     _expect(type(data) is kind, data, kind.__name__, where)
     return data
@@ -78,7 +80,8 @@ def _read_tuple(kinds: tuple[Any, ...], data: Any, where: str) -> tuple[Any, ...
         return tuple(_read(kinds[0], item, f"{where}[{i}]") for i, item in enumerate(data))
     _expect(len(data) == len(kinds), data, f"a list of {len(kinds)}", where)
     return tuple(
-        _read(kind, item, f"{where}[{i}]") for i, (kind, item) in enumerate(zip(kinds, data, strict=True))
+        _read(kind, item, f"{where}[{i}]")
+        for i, (kind, item) in enumerate(zip(kinds, data, strict=True))
     )
 
 

@@ -1,1 +1,1 @@
-"""Measuring one case: a worker inside its own process, a sampler outside it, a record at the end."""
+"""Measuring one case: a worker in its own process, a sampler outside it, a record at the end."""

@@ -92,16 +92,20 @@ class LayerFacts:
 
 @dataclass(frozen=True)
 class ForeignProcess:
-    """A process of somebody else seen on the device while a case ran."""
+    """A process of somebody else seen on the device; `peak_bytes` where the driver tells them."""
 
     pid: int
     name: str
-    peak_bytes: int
+    peak_bytes: int | None
 
 
 @dataclass(frozen=True)
 class PhaseUse:
-    """One phase of one run. `peak_bytes` and `end_bytes` are of the run's `source`."""
+    """One phase of one run. `peak_bytes`, `end_bytes` and the device's are of the run's `source`.
+
+    RSS is polled at the full rate, PSS counted less often: `pss_missed_bytes` is how far RSS rose
+    above the highest value at which PSS was counted, and so bounds what `pss_peak_bytes` can lack.
+    """
 
     name: str
     start_s: float
@@ -114,6 +118,7 @@ class PhaseUse:
     pss_peak_bytes: int
     uss_peak_bytes: int
     rss_peak_bytes: int
+    pss_missed_bytes: int
 
     def __post_init__(self) -> None:
         if self.name not in PHASES:

@@ -1,0 +1,5 @@
+"""`python -m memladder` is `memladder`."""
+
+from memladder.cli import main
+
+main()

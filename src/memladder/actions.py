@@ -1,0 +1,357 @@
+"""What each command does: read the request, measure, keep, draw, print.
+
+stdout carries results only; progress, warnings and hints go to stderr.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from memladder import frameworks, models
+from memladder.case import Case
+from memladder.errors import UsageError
+from memladder.files import writable_folder, write_atomic
+from memladder.frameworks.base import Job
+from memladder.measure import environment, runner
+from memladder.measure.record import Record, Status
+from memladder.models import LayerConfig
+from memladder.models.cache import default_dir
+from memladder.sweep import cases as sweep_cases
+from memladder.sweep import local, store
+from memladder.units import format_bytes, mib
+
+# Ended as the protocol foresees; anything else is a failure of the run.
+_GOOD = (Status.MEASURED, Status.OOM)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked for, as typed; None where nothing was."""
+
+    models: str | None = None
+    frameworks: str | None = None
+    shapes: str | None = None
+    device: str = "auto"
+    config: Path | None = None
+    repeats: int = 1
+    timeout_s: float = 1800.0
+    output_dir: Path = Path()
+    cache_dir: Path | None = None
+    fresh: bool = False
+    results: Path | None = None
+
+    @property
+    def log(self) -> Path:
+        """The folder of the records."""
+        return self.output_dir / "log"
+
+    def configs(self, names: Sequence[str]) -> dict[str, LayerConfig]:
+        """The layer of each model; a config of the user's stands for its own model alone."""
+        if self.config is None:
+            return {name: models.layer_config(name) for name in names}
+        if len(names) != 1:
+            raise UsageError(
+                f"--config {self.config} describes one model; say which with --models: "
+                f"{' or '.join(names)}"
+            )
+        return {names[0]: models.layer_config(names[0], self.config)}
+
+    def options(self) -> local.Options:
+        """How to measure."""
+        return local.Options(
+            cache_dir=(self.cache_dir or default_dir()).absolute(),
+            repeats=self.repeats,
+            limits=runner.Limits(timeout_s=self.timeout_s),
+            fresh=self.fresh,
+        )
+
+
+def draw_published(output_dir: Path) -> None:
+    """Draw the published figure as `png/` and `pdf/memory_usage_a100.*`."""
+    from memladder.report import figure
+
+    png, pdf = _pictures(output_dir, "a100")
+    figure.draw_published(png, pdf)
+    print(f"{png}\n{pdf}")
+
+
+def draw_store(path: Path, output_dir: Path) -> None:
+    """Draw the measured figure and its table from a store."""
+    contents = _read_store(path)
+    if not contents.records:
+        raise UsageError(f"{path} holds no records")
+    _draw(contents.records, contents.verifications, output_dir)
+
+
+def _draw(
+    records: Sequence[Record], verifications: Sequence[store.Verification], output_dir: Path
+) -> None:
+    from memladder.report import cells, figure, table
+
+    found = cells.cells_from(records, verifications)
+    custom = _custom(records)
+    page = table.to_markdown_report(records, verifications, custom=custom)
+    png, pdf = _pictures(output_dir, _slug(records))
+    figure.draw_measured(
+        found,
+        png,
+        pdf,
+        device_label=cells.device_label(records),
+        notes=cells.notes_from(records),
+        custom=custom,
+    )
+    write_atomic(png.with_suffix(".md"), page)
+    print(f"{png}\n{pdf}\n{png.with_suffix('.md')}")
+
+
+def _custom(records: Iterable[Record]) -> bool:
+    """Is any layer another than the figure's, so that the published values say nothing of it?"""
+    return any(
+        record.layer is not None
+        and record.layer.digest != models.layer_config(record.case.model).digest
+        for record in records
+    )
+
+
+def _pictures(output_dir: Path, slug: str) -> tuple[Path, Path]:
+    names = tuple(output_dir / kind / f"memory_usage_{slug}.{kind}" for kind in ("png", "pdf"))
+    for name in names:
+        writable_folder(name.parent)
+    return names[0], names[1]
+
+
+def _slug(records: Sequence[Record]) -> str:
+    """A device's short name for files: `h100`, `cpu`; the published figure's name stays its own."""
+    if records[0].case.device == "cpu":
+        return "cpu"
+    name = records[0].environment.machine.device.lower().replace("nvidia", "")
+    model = re.search(r"[a-z]*\d+[a-z]*", name.replace("geforce", "").replace("rtx ", "rtx"))
+    slug = model[0] if model else re.sub(r"\W+", "_", name).strip("_")
+    return "a100_measured" if slug == "a100" else slug
+
+
+def measure(request: Request) -> int:
+    """Measure one case; prints the artifact's two lines. 0 when measured or out of memory."""
+    device = environment.resolve_device(request.device)
+    (model,) = sweep_cases.parse_models(request.models)
+    (framework,) = sweep_cases.parse_frameworks(request.frameworks)
+    (shape,) = sweep_cases.parse_shapes(request.shapes)
+    case = Case(model, framework, shape, device)
+    config = request.configs([model])[model]
+    options = request.options()
+    kept = store.Store(request.log)
+    with kept.locked():
+        print(
+            f"Measure the memory for {model} batch {shape.batch_size} seq {shape.seq_len} "
+            f"under {framework}",
+            flush=True,
+        )
+        record = _measure_one(Job(case, config, options.cache_dir), options, kept)
+        path = kept.save(record)
+    if record.steady_bytes is not None:
+        print({case.id: round(mib(record.steady_bytes))})
+    _explain(record, path)
+    return 0 if record.status in _GOOD else 1
+
+
+def _measure_one(job: Job, options: local.Options, kept: store.Store) -> Record:
+    name = job.case.framework
+    if name not in frameworks.names():
+        return runner.unavailable(job.case, sweep_cases.availability(name, job.case.device))
+    console = Console(stderr=True)
+    with console.status("starting") as status:
+        return runner.measure(
+            job,
+            frameworks.get(name),
+            repeats=options.repeats,
+            limits=options.limits,
+            log_path=kept.log_path(job.case.id),
+            on_event=lambda event: status.update(f"{job.case.id}: {event}"),
+        )
+
+
+def _explain(record: Record, path: Path) -> None:
+    lines = [f"{record.status}; record: {path}"]
+    if record.reason:
+        lines = [f"{record.status}: {record.reason}; record: {path}"]
+    if record.hint:
+        lines.append(f"to get it: {record.hint}")
+    print("\n".join(lines), file=sys.stderr)
+
+
+def sweep(request: Request) -> int:
+    """Measure the figure's cases here, draw them. 0 when all that could run was measured."""
+    from memladder.sweep.live import SweepView
+
+    device = environment.resolve_device(request.device)
+    names = sweep_cases.parse_frameworks(request.frameworks)
+    shapes = sweep_cases.parse_shapes(request.shapes)
+    configs = request.configs(sweep_cases.parse_models(request.models))
+    runnable, missing = _split(names, device)
+    cases = sweep_cases.select(configs, runnable, shapes, device)
+    kept = store.Store(request.log)
+    console = Console(stderr=True)
+    with kept.locked():
+        for folder in ("png", "pdf"):
+            writable_folder(request.output_dir / folder)
+        _tell_missing(missing, device, console)
+        if not cases:
+            raise UsageError(f"none of the frameworks {', '.join(names)} can run on {device} here")
+        with SweepView(cases, request.repeats, console) as view:
+            outcome = local.sweep(cases, configs, kept, request.options(), view)
+    unavailable = [
+        runner.unavailable(case, sweep_cases.availability(case.framework, device))
+        for case in sweep_cases.select(configs, missing, shapes, device)
+    ]
+    records = [*outcome.records, *unavailable]
+    if request.results is not None:
+        store.merge_results(request.results, list(outcome.records), list(outcome.verifications))
+    _draw(records, outcome.verifications, request.output_dir)
+    return 0 if outcome.succeeded else 1
+
+
+def _split(names: Iterable[str], device: str) -> tuple[list[str], list[str]]:
+    runnable, missing = [], []
+    for name in names:
+        can_run = sweep_cases.availability(name, device).available
+        (runnable if can_run else missing).append(name)
+    return runnable, missing
+
+
+def _tell_missing(names: Sequence[str], device: str, console: Console) -> None:
+    for name in names:
+        found = sweep_cases.availability(name, device)
+        hint = f"; to get it: {found.install}" if found.install else ""
+        console.print(
+            f"{name} can't run on {device} here: {found.reason}{hint}",
+            style="dim",
+            highlight=False,
+            markup=False,
+        )
+
+
+def verify(request: Request) -> int:
+    """Compare frameworks with the reference; 0 when all agree."""
+    device = environment.resolve_device(request.device)
+    names = sweep_cases.parse_frameworks(request.frameworks)
+    runnable, missing = _split(names, device)
+    console = Console(stderr=True)
+    _tell_missing(missing, device, console)
+    if not runnable:
+        raise UsageError(f"none of the frameworks {', '.join(names)} can run on {device} here")
+    options = request.options()
+    kept = store.Store(request.log)
+    table = Table("framework", "model", "shape", "error", "tolerance", "agrees")
+    agree = True
+    with kept.locked():
+        for name in runnable:
+            with console.status(f"checking {name}"):
+                verification = runner.verify(
+                    name,
+                    frameworks.get(name),
+                    device,
+                    cache_dir=options.cache_dir,
+                    limits=options.limits,
+                    log_path=kept.log_path(f"verification_{name}"),
+                )
+            kept.save(verification)
+            agree = agree and verification.agrees
+            for check in verification.checks:
+                table.add_row(
+                    name,
+                    check.model,
+                    str(check.shape),
+                    f"{check.error:.2e}",
+                    f"{check.tolerance:.1e}",
+                    "yes" if check.agrees else "NO",
+                )
+    Console().print(table)
+    return 0 if agree else 1
+
+
+def show_frameworks(device: str) -> None:
+    """Print what can run on the device here, and what is missing for the rest."""
+    resolved = environment.resolve_device(device)
+    table = Table("key", "system", f"on {resolved}", "version", "why not", "to get it")
+    for name in sweep_cases.known_frameworks():
+        found = sweep_cases.availability(name, resolved)
+        table.add_row(
+            name,
+            sweep_cases.title(name),
+            "yes" if found.available else "no",
+            found.version or "",
+            found.reason or "",
+            found.install or "",
+        )
+    Console().print(table)
+
+
+def show_record(path: Path) -> None:
+    """Print one record for a person."""
+    from memladder.report import show
+
+    contents = store.read(path)
+    if path.is_dir() or len(contents.records) != 1:
+        raise UsageError(f"{path} is not one record; `memladder table {path}` prints many")
+    show.print_record(contents.records[0], Console())
+
+
+def print_table(path: Path, form: str) -> None:
+    """Print a row a case as Markdown, CSV or JSON."""
+    from memladder.report import table
+
+    writers = {"md": table.to_markdown, "csv": table.to_csv, "json": table.to_json}
+    if form not in writers:
+        raise UsageError(f"format {form!r} is not one of {', '.join(writers)}")
+    records = _read_store(path).records
+    print(writers[form](table.rows(records, custom=_custom(records))), end="")
+
+
+def doctor() -> int:
+    """Print what this machine has and what to fix; 1 when something needs fixing."""
+    from memladder.measure.doctor import findings
+
+    table = Table("what", "found", "to fix it")
+    found = findings()
+    for finding in found:
+        style = None if finding.good else "yellow"
+        table.add_row(finding.subject, finding.text, finding.fix or "", style=style)
+    Console().print(table)
+    return 0 if all(finding.good for finding in found) else 1
+
+
+def calibrate(device: str, output_dir: Path) -> int:
+    """Print what the meter reads of known sizes; 1 when one is out of bounds."""
+    from memladder.measure import calibration
+
+    resolved = environment.resolve_device(device)
+    kept = store.Store(output_dir / "log")
+    table = Table("device", "allocated", "read", "difference", "bound", "holds")
+    holds = True
+    with kept.locked():
+        for reading in calibration.calibrate(resolved, kept.log_path("calibration")):
+            holds = holds and reading.holds
+            table.add_row(
+                reading.device,
+                format_bytes(reading.asked_bytes),
+                format_bytes(reading.read_bytes),
+                f"{mib(reading.read_bytes - reading.asked_bytes):+.2f} MiB",
+                format_bytes(reading.bound_bytes),
+                "yes" if reading.holds else "NO",
+            )
+    Console().print(table)
+    return 0 if holds else 1
+
+
+def _read_store(path: Path) -> store.Contents:
+    contents = store.read(path)
+    for name, reason in contents.foreign.items():
+        print(f"warning: {name} is not a record of memladder ({reason}); left out", file=sys.stderr)
+    return contents

@@ -1,0 +1,146 @@
+"""What runner and worker say to each other: one JSON line a message, typed and checked.
+
+The runner writes one `Order` to the worker's standard input, then one answer for each `Hold`. The
+worker writes messages to a pipe of its own, so that nothing a framework prints can be one.
+Times are of CLOCK_MONOTONIC, which all processes of a machine share, in nanoseconds.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+from memladder import serial
+from memladder.case import Case
+from memladder.errors import MemladderError
+from memladder.frameworks.base import Job, Setting
+from memladder.measure.record import Check
+from memladder.models import LayerConfig
+
+GO_ON = b"go on\n"
+AGAIN = b"again\n"
+MAX_LINE = 1 << 20
+MAX_REASON = 300
+
+
+class Mode(StrEnum):
+    """What a worker is started for."""
+
+    PREPARE = "prepare"
+    MEASURE = "measure"
+    VERIFY = "verify"
+
+
+@dataclass(frozen=True)
+class JobText:
+    """A `Job` as it travels."""
+
+    case: Case
+    config: LayerConfig
+    cache_dir: str
+    seed: int
+
+    @classmethod
+    def of(cls, job: Job) -> JobText:
+        """The travelling form of a job."""
+        return cls(job.case, job.config, str(job.cache_dir), job.seed)
+
+    def job(self) -> Job:
+        """The job that was sent."""
+        return Job(self.case, self.config, Path(self.cache_dir), self.seed)
+
+
+@dataclass(frozen=True)
+class Order:
+    """One worker's task. `module` holds the framework as `FRAMEWORK`; only VERIFY has many jobs."""
+
+    mode: Mode
+    module: str
+    jobs: tuple[JobText, ...]
+    steady_s: float
+
+
+@dataclass(frozen=True)
+class PhaseStart:
+    """A phase begins."""
+
+    name: str
+    ns: int
+
+
+@dataclass(frozen=True)
+class Hold:
+    """The phase's work is done; the worker keeps still until the runner has read its memory."""
+
+    ns: int
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A measured session is over; `ns` is the end of its steady phase."""
+
+    ns: int
+    passes: int
+    settings: Mapping[str, Setting]
+    categories: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Checked:
+    """One comparison with the reference is done."""
+
+    check: Check
+    settings: Mapping[str, Setting]
+
+
+class Kind(StrEnum):
+    """How a worker fails; the value is the record's status."""
+
+    OOM = "oom"
+    UNAVAILABLE = "unavailable"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True)
+class Failure:
+    """The worker's last message when it can't go on."""
+
+    kind: Kind
+    message: str
+    asked_bytes: int | None
+    hint: str | None
+
+
+Message = PhaseStart | Hold | Finished | Checked | Failure
+_KINDS: dict[str, type[Message]] = {
+    kind.__name__: kind for kind in (PhaseStart, Hold, Finished, Checked, Failure)
+}
+
+
+def encode(message: Message | Order) -> bytes:
+    """A message as one line."""
+    return json.dumps({type(message).__name__: serial.to_json(message)}).encode() + b"\n"
+
+
+def decode(line: bytes) -> Message:
+    """The message in a line. Raises ValueError when it is not exactly one."""
+    try:
+        ((name, body),) = json.loads(line).items()
+        return serial.from_json(_KINDS[name], body)
+    except (ValueError, KeyError, AttributeError, RecursionError, MemladderError) as error:
+        raise ValueError(f"not a worker's message: {line[:60]!r}") from error
+
+
+def decode_order(line: bytes) -> Order:
+    """The order in a line. Raises ValueError."""
+    return serial.from_json(Order, json.loads(line)["Order"])
+
+
+def one_line(text: str) -> str:
+    """The first line of a text that has any ink, cut to what a reason may hold."""
+    lines = (line.strip() for line in text.splitlines())
+    first = next((line for line in lines if line), "")
+    return first if len(first) <= MAX_REASON else first[: MAX_REASON - 1] + "…"

@@ -1,0 +1,182 @@
+"""The worker: runs one framework, phase by phase, in a process that is measured from outside.
+
+    python -m memladder.measure.worker EVENTS_FD < order
+
+At the end of each phase it keeps still until the runner has read its memory, so that a phase's end
+is a reading of that state and of no other.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import os
+import sys
+import time
+import traceback
+
+from memladder.errors import UnavailableError
+from memladder.frameworks.base import Framework, Job, OutOfMemoryError, Session
+from memladder.measure.protocol import (
+    AGAIN,
+    GO_ON,
+    Checked,
+    Failure,
+    Finished,
+    Hold,
+    Kind,
+    Message,
+    Mode,
+    Order,
+    PhaseStart,
+    decode_order,
+    encode,
+    one_line,
+)
+from memladder.measure.record import PHASES, Check
+
+
+def main(arguments: list[str]) -> int:
+    """Do what the order on standard input says; exit status 0 when it was done."""
+    channel = Channel(int(arguments[0]))
+    work = {Mode.PREPARE: _prepare, Mode.MEASURE: _measure, Mode.VERIFY: _verify}
+    try:
+        work[channel.order.mode](channel.order, channel)
+    except BaseException as error:
+        traceback.print_exc()
+        channel.send(failure(error))
+        return 1
+    return 0
+
+
+class Channel:
+    """The worker's end of both pipes. Neither is inherited by what a framework starts."""
+
+    def __init__(self, events: int) -> None:
+        os.set_inheritable(events, False)
+        self._events = os.fdopen(events, "wb")
+        self._control = os.fdopen(os.dup(0), "rb")
+        nothing = os.open(os.devnull, os.O_RDONLY)
+        os.dup2(nothing, 0)
+        os.close(nothing)
+        self.order = decode_order(self._control.readline())
+
+    def send(self, message: Message) -> None:
+        """Write one message."""
+        self._events.write(encode(message))
+        self._events.flush()
+
+    def hold(self) -> bool:
+        """Keep still until the runner has read this state; False when it wants one pass more."""
+        self.send(Hold(time.monotonic_ns()))
+        answer = self._control.readline()
+        if answer not in (GO_ON, AGAIN):
+            raise RuntimeError(f"the runner answered {answer[:20]!r}")
+        return answer == GO_ON
+
+
+class _Phases:
+    """The phase that the worker is in; each ends with a hold."""
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+        self.current: str | None = None
+
+    def start(self, name: str) -> None:
+        if self.current is not None:
+            self._channel.hold()
+        self._channel.send(PhaseStart(name, time.monotonic_ns()))
+        self.current = name
+
+    def announced(self, name: str) -> None:
+        """What a session may say itself: `first run`, once, while it compiles."""
+        if (self.current, name) != ("compile", "first run"):
+            raise RuntimeError(f"a session announced {name!r} in phase {self.current!r}")
+        self.start(name)
+
+
+def _load(module: str) -> Framework:
+    framework = importlib.import_module(module).FRAMEWORK
+    if not isinstance(framework, Framework):
+        raise TypeError(f"{module}.FRAMEWORK is not a Framework")
+    return framework
+
+
+def _prepare(order: Order, _: Channel) -> None:
+    _load(order.module).prepare(order.jobs[0].job())
+
+
+def _measure(order: Order, channel: Channel) -> None:
+    phases = _Phases(channel)
+    phases.start(PHASES[0])
+    session = _load(order.module).session(order.jobs[0].job(), phases.announced)
+    _bring_up(session, phases)
+    # What the first run left for the collector is no part of the steady state.
+    gc.collect()
+    phases.start("steady")
+    start, passes = time.monotonic(), 0
+    while True:
+        session.run()
+        passes += 1
+        if time.monotonic() - start >= order.steady_s and channel.hold():
+            break
+    end = time.monotonic_ns()
+    channel.send(Finished(end, passes, dict(session.settings()), dict(session.categories())))
+
+
+def _bring_up(session: Session, phases: _Phases) -> None:
+    phases.start("context")
+    session.context()
+    phases.start("weights")
+    session.weights()
+    phases.start("compile")
+    session.compile()
+    if phases.current == "compile":
+        phases.start("first run")
+        session.run()
+
+
+def _verify(order: Order, channel: Channel) -> None:
+    framework = _load(order.module)
+    for text in order.jobs:
+        channel.send(_check(framework, text.job()))
+        gc.collect()
+
+
+def _check(framework: Framework, job: Job) -> Checked:
+    """Run one narrow layer and compare it with the fp32 reference on the same weights."""
+    from memladder.models import reference, weights
+
+    framework.prepare(job)
+    path = weights.ensure(job.config, job.cache_dir, job.seed)
+    expected = reference.output(job.config, path, job.case.shape, job.seed)
+    announced: list[str] = []
+    session = framework.session(job, announced.append)
+    session.context()
+    session.weights()
+    session.compile()
+    if not announced:
+        session.run()
+    output = session.output()
+    if output.shape != expected.shape:
+        raise ValueError(f"output has shape {output.shape}, the reference {expected.shape}")
+    error = reference.error(output, expected)
+    bound = framework.tolerance(job.case.device)
+    check = Check(job.case.model, job.case.shape, error, bound)
+    return Checked(check, dict(session.settings()))
+
+
+def failure(error: BaseException) -> Failure:
+    """An exception as the worker's last message; its own line first."""
+    message = one_line(f"{type(error).__name__}: {error}")
+    if isinstance(error, OutOfMemoryError):
+        return Failure(Kind.OOM, message, error.asked_bytes, None)
+    if isinstance(error, MemoryError):
+        return Failure(Kind.OOM, message, None, None)
+    if isinstance(error, UnavailableError):
+        return Failure(Kind.UNAVAILABLE, one_line(str(error)), None, error.hint)
+    return Failure(Kind.FAILED, message, None, None)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

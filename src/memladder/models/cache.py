@@ -1,0 +1,66 @@
+"""Where made files live: weights and exported graphs, one folder a layer and seed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from memladder.errors import CacheError
+from memladder.models import LayerConfig
+from memladder.units import format_bytes
+
+# Room left for the file system itself.
+_SPARE_BYTES = 64 << 20
+
+
+def default_dir() -> Path:
+    """`MEMLADDER_CACHE`, else the platform's folder for caches."""
+    given = os.environ.get("MEMLADDER_CACHE")
+    if given:
+        return Path(given)
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "memladder"
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "memladder"
+
+
+def layer_dir(config: LayerConfig, cache_dir: Path, seed: int) -> Path:
+    """The folder of one layer's weights and of the graphs that use them."""
+    return cache_dir / f"{config.model}-{config.digest}-seed{seed}"
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Hold the folder for writing; a second process waits. Raises CacheError if it can't be."""
+    from filelock import FileLock
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / ".lock")
+        lock.acquire()
+    except (OSError, NotImplementedError) as error:
+        raise CacheError(f"cache folder {folder} can't be written: {_reason(error)}") from None
+    try:
+        yield
+    except OSError as error:
+        raise CacheError(f"cache folder {folder}: {_reason(error)}") from None
+    finally:
+        lock.release()
+
+
+def require_space(folder: Path, needed: int) -> None:
+    """Raise CacheError unless `needed` bytes fit on the folder's disk."""
+    free = shutil.disk_usage(folder).free
+    if needed + _SPARE_BYTES > free:
+        raise CacheError(
+            f"cache folder {folder} needs {format_bytes(needed)}, only {format_bytes(free)} free; "
+            "set MEMLADDER_CACHE to a folder on a larger disk"
+        )
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)

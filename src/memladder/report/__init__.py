@@ -1,0 +1,1 @@
+"""What is shown: the figure, the tables, and the published values that they are held against."""

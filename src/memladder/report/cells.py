@@ -1,0 +1,141 @@
+"""What the figure shows in each of its cells, decided from records before anything is drawn."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from memladder.case import Shape
+from memladder.errors import UsageError
+from memladder.measure.record import Record, Source, Status, Verification
+from memladder.report.style import STATUS_TEXT, UNVERIFIED, WRONG
+from memladder.units import format_bytes, mib
+
+Key: TypeAlias = tuple[str, str, Shape]
+"""Model, system (the framework's key), shape."""
+
+_WITH_VALUE = (Status.MEASURED, Status.PLANNED, Status.PREDICTED)
+_SOURCES = {
+    Source.NVML_PROCESS: "device memory of the process tree (NVML, per process)",
+    Source.NVML_DEVICE_DELTA: "growth of the device's used memory (NVML)",
+    Source.PSS: "memory of the process tree (PSS, from /proc)",
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One place of the figure: a value in MiB, or else a note that says why there is none."""
+
+    value: float | None
+    status: Status
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        if self.value is None:
+            if not self.note:
+                raise ValueError(f"a {self.status} cell with neither value nor note")
+        elif self.status not in _WITH_VALUE or not (math.isfinite(self.value) and self.value > 0):
+            raise ValueError(f"a {self.status} cell can't have the value {self.value}")
+
+
+def cells_from(records: Sequence[Record], verifications: Sequence[Verification]) -> dict[Key, Cell]:
+    """The figure's cells. A measured value counts only if its framework was found to agree.
+
+    Raises UsageError when the records are of different machines, of different configurations of a
+    model, or hold a case twice: one picture can't show that honestly.
+    """
+    ensure_one_machine(records)
+    _ensure_one_layer(records)
+    cells: dict[Key, Cell] = {}
+    for record in records:
+        key = (record.case.model, record.case.framework, record.case.shape)
+        if key in cells:
+            raise UsageError(f"there are two records of {record.case.id}; a figure shows one")
+        cells[key] = _cell(record, verifications)
+    return cells
+
+
+def ensure_one_machine(records: Sequence[Record]) -> None:
+    """Raises UsageError, naming what differs, unless all records are of the same machine."""
+    for record in records[1:]:
+        first, other = records[0].environment.machine, record.environment.machine
+        if first != other:
+            names = [name for name in vars(first) if getattr(first, name) != getattr(other, name)]
+            parts = (f"{n} {getattr(first, n)!r} and {getattr(other, n)!r}" for n in names)
+            raise UsageError(
+                f"records of different machines, {records[0].case.id} and {record.case.id}: "
+                + "; ".join(parts)
+            )
+
+
+def notes_from(records: Sequence[Record]) -> tuple[str, ...]:
+    """The figure's footnotes: what the bars are, how and when they were measured."""
+    runs = [run for record in records for run in record.runs]
+    if not runs:
+        return ("Nothing was measured.",)
+    sources = " or ".join(_SOURCES[source] for source in sorted({run.source for run in runs}))
+    days = sorted(run.started[:10] for run in runs)
+    when = days[0] if days[0] == days[-1] else f"{days[0]} to {days[-1]}"
+    repeats = sorted({len(record.runs) for record in records if record.runs})
+    times = " or ".join(map(str, repeats))
+    versions = ", ".join(sorted({record.environment.memladder for record in records}))
+    polls = min(run.polls_per_s for run in runs)
+    return (
+        f"Bars: largest {sources} while the layer runs in a loop; "
+        f"median of {times} process{'es' if repeats != [1] else ''} a case.",
+        f"Measured {when} with memladder {versions}, {polls:.0f} polls a second or more.",
+    )
+
+
+def device_label(records: Sequence[Record]) -> str:
+    """The device of the records and, for a GPU, its driver. Raises UsageError as above."""
+    if not records:
+        raise UsageError("there are no records to show")
+    ensure_one_machine(records)
+    machine = records[0].environment.machine
+    driver = f", driver {machine.driver}" if machine.driver else ""
+    return f"{machine.device}{driver}"
+
+
+def _cell(record: Record, verifications: Sequence[Verification]) -> Cell:
+    if record.status is Status.MEASURED:
+        problem = _problem(record, verifications)
+        assert record.steady_bytes is not None, "a measured record has runs"
+        if problem:
+            return Cell(None, record.status, problem)
+        return Cell(mib(record.steady_bytes), record.status)
+    note = STATUS_TEXT[record.status]
+    if record.status in _WITH_VALUE and record.asked_bytes:
+        return Cell(mib(record.asked_bytes), record.status, note)
+    if record.status is Status.OOM and record.asked_bytes:
+        note = f"{note}, asked for {format_bytes(record.asked_bytes)}"
+    return Cell(None, record.status, note)
+
+
+def _problem(record: Record, verifications: Sequence[Verification]) -> str | None:
+    """Why a measured record may not be drawn; None if its framework agrees on its model here."""
+    case = record.case
+    found = [
+        item
+        for item in verifications
+        if (item.framework, item.device) == (case.framework, case.device)
+        and item.environment.same_as(record.environment)
+        and any(check.model == case.model for check in item.checks)
+    ]
+    if not found:
+        return UNVERIFIED
+    return None if all(item.agrees for item in found) else WRONG
+
+
+def _ensure_one_layer(records: Sequence[Record]) -> None:
+    digests: Mapping[str, dict[str, str]] = {record.case.model: {} for record in records}
+    for record in records:
+        if record.layer is not None:
+            digests[record.case.model].setdefault(record.layer.digest, record.case.id)
+    for model, found in digests.items():
+        if len(found) > 1:
+            raise UsageError(
+                f"records of different configurations of {model}: {', '.join(found.values())}"
+            )

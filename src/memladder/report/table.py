@@ -1,0 +1,228 @@
+"""Records as rows, for people (Markdown) and for programs (CSV, JSON). MiB have one decimal."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+
+from memladder.measure.record import Record, Status, Verification
+from memladder.report.cells import ensure_one_machine
+from memladder.report.published import published
+from memladder.units import format_bytes, mib
+
+Value = str | int | float | None
+
+_FORMULA_STARTS = ("=", "+", "-", "@")
+_MEANINGS = {
+    Status.MEASURED: "ran here, and its memory was read from outside",
+    Status.PLANNED: "a real compiler's own plan, not run",
+    Status.PREDICTED: "computed from shapes alone",
+    Status.OOM: "ran out of memory",
+    Status.UNAVAILABLE: "can't run on this machine",
+    Status.FAILED: "ended with an error",
+    Status.TIMEOUT: "took longer than allowed",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One case. The order of the fields is the order of the columns, everywhere.
+
+    `asked_mib` is what a plan or prediction asks for, or the allocation that ran out of memory.
+    """
+
+    id: str
+    model: str
+    framework: str
+    batch_size: int
+    seq_len: int
+    device: str
+    status: str
+    steady_mib: float | None
+    peak_mib: float | None
+    spread_percent: float | None
+    asked_mib: float | None
+    published_mib: int | None
+    reason: str | None
+
+
+COLUMNS = tuple(field.name for field in fields(Row))
+
+
+def rows(records: Iterable[Record], *, custom: bool = False) -> tuple[Row, ...]:
+    """A row a record, in the records' order; `custom` leaves the published values out."""
+    known: Mapping[str, int] = {} if custom else published().values
+    return tuple(_row(record, known.get(record.case.id)) for record in records)
+
+
+def to_markdown(table: Iterable[Row]) -> str:
+    """A GitHub table with numbers to the right."""
+    numbers = {field.name for field in fields(Row) if "int" in field.type or "float" in field.type}
+    return _markdown(COLUMNS, (_values(row) for row in table), numbers)
+
+
+def to_csv(table: Iterable[Row]) -> str:
+    """CSV with a header. No text can start a formula: such a one gets a leading apostrophe."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for row in table:
+        writer.writerow(
+            [_harmless(value) if isinstance(value, str) else _text(value) for value in _values(row)]
+        )
+    return file.getvalue()
+
+
+def to_json(table: Iterable[Row]) -> str:
+    """A JSON list of objects; what there is no number for is null."""
+    return json.dumps([asdict(row) for row in table], indent=1, allow_nan=False) + "\n"
+
+
+def to_markdown_report(
+    records: Sequence[Record], verifications: Sequence[Verification], *, custom: bool = False
+) -> str:
+    """The page beside the figure: machine, table, verification, settings.
+
+    Raises UsageError when the records are of different machines.
+    """
+    ensure_one_machine(records)
+    sections = [
+        "# Memory of one decoder layer",
+        _environment(records),
+        "## Cases",
+        to_markdown(rows(records, custom=custom)),
+        _legend(records),
+        "## Verification",
+        _verification(verifications),
+        "## Settings",
+        _settings(records),
+    ]
+    return "\n\n".join(section.rstrip("\n") for section in sections) + "\n"
+
+
+def _row(record: Record, published_mib: int | None) -> Row:
+    case = record.case
+    return Row(
+        id=case.id,
+        model=case.model,
+        framework=case.framework,
+        batch_size=case.shape.batch_size,
+        seq_len=case.shape.seq_len,
+        device=_one_line(record.environment.machine.device),
+        status=record.status.value,
+        steady_mib=_mib(record.steady_bytes),
+        peak_mib=_mib(record.peak_bytes),
+        spread_percent=None if record.spread is None else round(100 * record.spread, 1),
+        asked_mib=_mib(record.asked_bytes),
+        published_mib=published_mib,
+        reason=None if record.reason is None else _one_line(record.reason),
+    )
+
+
+def _mib(size: int | None) -> float | None:
+    return None if size is None else round(mib(size), 1)
+
+
+def _values(row: Row) -> list[Value]:
+    return [getattr(row, name) for name in COLUMNS]
+
+
+def _text(value: Value) -> str:
+    if value is None:
+        return ""
+    return f"{value:.1f}" if isinstance(value, float) else str(value)
+
+
+def _one_line(text: str) -> str:
+    """White space of any kind to single spaces, and no control characters."""
+    return "".join(letter for letter in " ".join(text.split()) if letter.isprintable())
+
+
+def _harmless(text: str) -> str:
+    return f"'{text}" if text.startswith(_FORMULA_STARTS) else text
+
+
+def _escaped(text: str) -> str:
+    """Text that Markdown shows as it is, inside a table too."""
+    text = text.replace("\\", "\\\\").replace("&", "&amp;").replace("<", "&lt;")
+    for letter in "|`*[]~":
+        text = text.replace(letter, f"\\{letter}")
+    # An underscore inside a word is plain text in GitHub's dialect, and case ids stay searchable.
+    return text.replace("__", "\\_\\_")
+
+
+def _markdown(
+    columns: Sequence[str], lines: Iterable[Sequence[Value]], numbers: Iterable[str] = ()
+) -> str:
+    right = set(numbers)
+    head = [columns, ["---:" if column in right else "---" for column in columns]]
+    body = [[_escaped(_one_line(_text(value))) for value in line] for line in lines]
+    return "".join(f"| {' | '.join(line)} |\n" for line in [*head, *body])
+
+
+def _environment(records: Sequence[Record]) -> str:
+    if not records:
+        return "No records."
+    machine = records[0].environment.machine
+    environments = [record.environment for record in records]
+    packages: dict[str, set[str]] = {}
+    for environment in environments:
+        for name, version in environment.packages.items():
+            packages.setdefault(name, set()).add(version)
+    facts = {
+        "Device": f"{machine.device}, {format_bytes(machine.device_memory_bytes)}",
+        "Driver": machine.driver,
+        "CUDA": machine.cuda,
+        "Processor": f"{machine.cpu}, {machine.cores} cores, {format_bytes(machine.memory_bytes)}",
+        "System": f"{machine.os}, {machine.kernel}",
+        "Python": ", ".join(sorted({environment.python for environment in environments})),
+        "memladder": ", ".join(sorted({environment.memladder for environment in environments})),
+        "Packages": ", ".join(
+            f"{name} {' and '.join(sorted(versions))}"
+            for name, versions in sorted(packages.items())
+        ),
+    }
+    return "\n".join(
+        f"- {name}: {_escaped(_one_line(text))}" for name, text in facts.items() if text
+    )
+
+
+def _legend(records: Iterable[Record]) -> str:
+    seen = {record.status for record in records}
+    meanings = [f"*{status}*: {_MEANINGS[status]}" for status in Status if status in seen]
+    return "; ".join([*meanings, "sizes in MiB (2^20 bytes)"]) + "."
+
+
+def _verification(verifications: Iterable[Verification]) -> str:
+    lines = [
+        (
+            item.framework,
+            item.environment.machine.device,
+            check.model,
+            str(check.shape),
+            f"{check.error:.2e}",
+            f"{check.tolerance:.2e}",
+            "yes" if check.agrees else "NO",
+        )
+        for item in verifications
+        for check in item.checks
+    ]
+    if not lines:
+        return "No framework's output was compared with the reference."
+    columns = ("framework", "device", "model", "shape", "error", "tolerance", "agrees")
+    note = "Error: ‖y − ref‖ / ‖ref‖ against the fp32 reference."
+    return f"{_markdown(columns, lines, ('error', 'tolerance'))}\n{note}"
+
+
+def _settings(records: Iterable[Record]) -> str:
+    found: dict[tuple[str, str], dict[str, None]] = {}
+    for record in records:
+        for name, value in record.settings.items():
+            found.setdefault((record.case.framework, name), {})[str(value)] = None
+    if not found:
+        return "No framework listed any."
+    lines = [(framework, name, ", ".join(values)) for (framework, name), values in found.items()]
+    return _markdown(("framework", "setting", "value"), lines)

@@ -1,0 +1,1 @@
+"""Which cases, in what order; measured one after the other; kept in a store that resumes."""

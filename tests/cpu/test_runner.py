@@ -1,0 +1,380 @@
+"""The runner with real processes, on the CPU: what is measured, and how everything else ends."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from memladder import models
+from memladder.case import Case, Shape
+from memladder.errors import UnavailableError, UsageError
+from memladder.frameworks.base import Framework, Job
+from memladder.measure import runner
+from memladder.measure.calibration import calibrate
+from memladder.measure.launch import WorkerError
+from memladder.measure.record import PHASES, Record, Source, Status, dumps, loads_record
+from memladder.models import LayerConfig
+from memladder.units import MIB
+from tests.unit.examples import ENVIRONMENT
+
+FAKES = Path(__file__).parents[1] / "fake_frameworks"
+LIMITS = runner.Limits(timeout_s=60.0)
+STEADY_S = 0.2
+
+Measure = Callable[..., Record]
+
+
+@pytest.fixture
+def framework(monkeypatch: pytest.MonkeyPatch) -> Framework:
+    """The scripted framework, importable here and in workers."""
+    monkeypatch.syspath_prepend(str(FAKES))
+    known = os.environ.get("PYTHONPATH")
+    monkeypatch.setenv("PYTHONPATH", f"{FAKES}{os.pathsep}{known}" if known else str(FAKES))
+    import scripted
+
+    return scripted.FRAMEWORK
+
+
+@pytest.fixture
+def measure(framework: Framework, tmp_path: Path) -> Measure:
+    """Measure a script: `measure({"weights": "crash"}, argument=…, limits=…, …)`."""
+
+    def run(
+        script: dict[str, str],
+        argument: Any = None,
+        announces: str | None = None,
+        repeats: int = 1,
+        limits: runner.Limits = LIMITS,
+        **options: Any,
+    ) -> Record:
+        before = children()
+        record = runner.measure(
+            job(tmp_path, script, argument, announces),
+            framework,
+            repeats=repeats,
+            limits=limits,
+            log_path=tmp_path / "case.log",
+            module="scripted",
+            steady_s=options.pop("steady_s", STEADY_S),
+            **options,
+        )
+        assert children() == before
+        assert loads_record(dumps(record)) == record
+        return record
+
+    return run
+
+
+def job(
+    tmp_path: Path,
+    script: dict[str, str],
+    argument: Any = None,
+    announces: str | None = None,
+    device: str = "cpu",
+) -> Job:
+    values = dict(models.narrow_config("llama").values)
+    values |= {"script": script, "argument": argument, "announces": announces}
+    case = Case("llama", "scripted", Shape(1, 1), device)
+    return Job(case, LayerConfig("llama", values), tmp_path / "cache")
+
+
+def children() -> set[int]:
+    """Our own children."""
+    return {
+        int(pid)
+        for thread in Path("/proc/self/task").iterdir()
+        for pid in (thread / "children").read_text().split()
+    }
+
+
+def alive(pid: int) -> bool:
+    """Is there a process of that number that has not ended yet?"""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return stat.rsplit(")", 1)[1].split()[0] not in "ZX"
+
+
+def wait_until(holds: Callable[[], bool], seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+@pytest.mark.parametrize("size", [1 * MIB, 64 * MIB, 1000 * MIB])
+def test_the_meter_reads_known_bytes(size: int, tmp_path: Path) -> None:
+    (reading,) = calibrate("cpu", tmp_path / "calibration.log", [size])
+    assert abs(reading.read_bytes - size) <= 2 * MIB + size // 100
+    assert reading.holds
+
+
+def test_a_measured_case_has_all_phases_in_order_and_a_number(measure: Measure) -> None:
+    record = measure({"weights": "allocate"}, argument=100 * MIB)
+    assert record.status is Status.MEASURED, record.reason
+    (run,) = record.runs
+    assert tuple(phase.name for phase in run.phases) == PHASES
+    assert all(a.end_s == b.start_s for a, b in itertools.pairwise(run.phases))
+    ends = {phase.name: phase.end_bytes for phase in run.phases}
+    assert ends["weights"] - ends["context"] == pytest.approx(100 * MIB, abs=MIB)
+    assert run.steady_bytes >= 100 * MIB
+    assert run.source is Source.PSS
+    assert record.settings["marker"] == record.settings["SCRIPTED_MARKER"] == "set"
+    assert run.categories == {"weights": 12}
+    assert run.passes == record.settings["runs"] - 1
+    assert record.layer is not None
+    assert record.layer.weight_bytes == 2 * models.parameters(models.narrow_config("llama"))
+    assert record.environment.packages.keys() == {"numpy"}
+
+
+def test_polls_come_at_100_hz_and_every_phase_was_read(measure: Measure) -> None:
+    record = measure({}, steady_s=1.0)
+    (run,) = record.runs
+    assert run.polls_per_s >= 100
+    # The longest gap is the scheduler's on a busy machine; it must be told, and be no hang.
+    assert 1 / run.polls_per_s <= run.longest_gap_s < 0.5
+    assert all(phase.polls >= 2 and phase.pss_peak_bytes > 0 for phase in run.phases)
+    assert 2 <= len(run.trace) <= 2000
+    assert [point.s for point in run.trace] == sorted(point.s for point in run.trace)
+
+
+def test_a_short_peak_in_steady_is_counted(measure: Measure) -> None:
+    record = measure({"steady": "transient"}, argument=200 * MIB, steady_s=1.0)
+    steady = record.runs[0].phases[-1]
+    assert steady.peak_bytes - steady.end_bytes == pytest.approx(200 * MIB, rel=0.02)
+    assert steady.pss_missed_bytes <= 0.01 * steady.peak_bytes
+
+
+def test_a_session_may_announce_the_first_run_itself(measure: Measure) -> None:
+    record = measure({}, announces="first run")
+    assert record.status is Status.MEASURED, record.reason
+    assert tuple(phase.name for phase in record.runs[0].phases) == PHASES
+    assert record.runs[0].passes == record.settings["runs"]
+
+
+def test_a_session_may_announce_nothing_else(measure: Measure) -> None:
+    record = measure({}, announces="steady")
+    assert record.status is Status.FAILED
+    assert "announced 'steady' in phase 'compile'" in (record.reason or "")
+
+
+def test_three_repeats_agree(measure: Measure) -> None:
+    events: list[runner.Event] = []
+    record = measure({"weights": "allocate"}, 100 * MIB, repeats=3, on_event=events.append)
+    assert len(record.runs) == 3
+    assert record.spread is not None
+    assert record.spread < 0.02
+    assert [e.repeat for e in events] == sorted(e.repeat for e in events)
+    seen = [phase for phase, _ in itertools.groupby(e.phase for e in events if e.repeat == 2)]
+    assert [phase for phase in seen if phase != "start"] == list(PHASES)
+    assert str(events[-1]).startswith("run 3 of 3, steady, ")
+
+
+@pytest.mark.parametrize(
+    ("act", "reason"),
+    [
+        ("crash", "ValueError: the first line (in phase {phase})"),
+        ("leave", "the worker exited with status 3; its last words: about to leave (in phase"),
+        ("leave_well", "the worker exited with status 0 (in phase {phase})"),
+        ("segfault", "the worker was ended by SIGSEGV (in phase {phase})"),
+        ("killed", "the worker was ended by SIGKILL (in phase {phase})"),
+        ("garbage", "not a worker's message: "),
+        ("endless_line", "not a worker's message: "),
+        ("half_a_line", "not a worker's message: "),
+    ],
+)
+def test_a_breakdown_is_failed_and_never_a_number(measure: Measure, act: str, reason: str) -> None:
+    record = measure({"weights": act})
+    assert record.status is Status.FAILED
+    assert record.reason is not None
+    assert record.reason.startswith(reason.format(phase="weights"))
+    assert "\n" not in record.reason
+    assert record.steady_bytes is None
+    assert record.runs == ()
+
+
+@pytest.mark.parametrize(
+    "place", ["prepare", "import", "compile", "first run", "steady", "settings"]
+)
+def test_a_breakdown_in_any_phase_is_failed(measure: Measure, place: str) -> None:
+    record = measure({place: "crash"})
+    assert (record.status, record.runs) == (Status.FAILED, ())
+    where = "steady" if place == "settings" else place
+    assert record.reason == f"ValueError: the first line (in phase {where})"
+
+
+def test_the_log_holds_what_the_worker_said(measure: Measure, tmp_path: Path) -> None:
+    measure({"steady": "crash"})
+    log = (tmp_path / "case.log").read_text()
+    assert "Traceback" in log
+    assert "and another" in log
+
+
+def test_an_allocation_that_fails_is_out_of_memory(measure: Measure) -> None:
+    record = measure({"first run": "oom"})
+    assert record.status is Status.OOM
+    assert record.asked_bytes == 2048 * MIB
+    assert "no room for the scores" in (record.reason or "")
+    assert record.steady_bytes is None
+
+
+def test_a_hog_is_ended_before_the_host_is(measure: Measure) -> None:
+    limits = runner.Limits(timeout_s=60.0, case_bytes=300 * MIB)
+    start = time.monotonic()
+    record = measure({"weights": "hog"}, limits=limits)
+    assert record.status is Status.OOM
+    assert "its limit is 300.0 MiB" in (record.reason or "")
+    assert time.monotonic() - start < 20
+
+
+def test_a_full_host_ends_the_case(measure: Measure) -> None:
+    record = measure({}, limits=runner.Limits(timeout_s=60.0, host_fraction=0.0001))
+    assert record.status is Status.OOM
+    assert "the limit is 0%" in (record.reason or "")
+    assert "host memory: " in (record.reason or "")
+
+
+def test_a_hang_is_a_timeout(measure: Measure) -> None:
+    record = measure({"compile": "hang"}, limits=runner.Limits(timeout_s=2.0))
+    assert record.status is Status.TIMEOUT
+    assert record.reason == "still in phase compile after 2 s"
+
+
+def test_a_library_found_missing_late_is_unavailable(measure: Measure) -> None:
+    record = measure({"import": "missing"})
+    assert (record.status, record.hint) == (Status.UNAVAILABLE, "pip install thing")
+    assert (record.reason or "").startswith("libthing.so is missing")
+
+
+def test_a_framework_that_cannot_run_is_not_started(
+    framework: Framework, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner.environment, "describe", lambda case, _: ENVIRONMENT)
+    log = tmp_path / "case.log"
+    record = runner.measure(
+        job(tmp_path, {}, device="cuda:0"), framework, repeats=1, limits=LIMITS, log_path=log
+    )
+    assert (record.status, record.hint) == (Status.UNAVAILABLE, "buy a CPU")
+    assert not log.exists()
+    with pytest.raises(UnavailableError, match="runs on the CPU"):
+        runner.verify(
+            "scripted", framework, "cuda:0", cache_dir=tmp_path, limits=LIMITS, log_path=log
+        )
+
+
+def test_zero_repeats_and_an_unwritable_log_are_refused(
+    measure: Measure, framework: Framework, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match="repeats 0"):
+        measure({}, repeats=0)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="cannot write"):
+        runner.measure(
+            job(tmp_path, {}),
+            framework,
+            repeats=1,
+            limits=LIMITS,
+            log_path=tmp_path / "file" / "case.log",
+        )
+
+
+def test_orphans_are_counted_and_ended(measure: Measure, tmp_path: Path) -> None:
+    pids = tmp_path / "pids"
+    record = measure({"weights": "family"}, argument=str(pids))
+    assert record.status is Status.MEASURED, record.reason
+    family = [int(line) for line in pids.read_text().split()]
+    assert len(family) == 3
+    assert not any(alive(pid) for pid in family)
+    rss = {phase.name: phase.rss_peak_bytes for phase in record.runs[0].phases}
+    # Four forked copies beside the worker itself.
+    assert rss["steady"] > 2 * rss["context"]
+
+
+def test_what_a_view_raises_ends_the_case_and_is_raised(measure: Measure, tmp_path: Path) -> None:
+    pids = tmp_path / "pids"
+    before = children()
+
+    def interrupt(event: runner.Event) -> None:
+        if event.phase == "compile":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        measure({"weights": "family", "compile": "hang"}, argument=str(pids), on_event=interrupt)
+    assert children() == before
+    assert not any(alive(int(line)) for line in pids.read_text().split())
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_nothing_outlives_the_runner(
+    framework: Framework, tmp_path: Path, number: signal.Signals
+) -> None:
+    pids = tmp_path / "pids"
+    program = (
+        "import sys, scripted\n"
+        "from pathlib import Path\n"
+        "from memladder.case import Case, Shape\n"
+        "from memladder.frameworks.base import Job\n"
+        "from memladder.measure import runner\n"
+        "from memladder.models import LayerConfig\n"
+        "values = dict(script={'weights': 'family_and_hang'}, argument=sys.argv[1])\n"
+        "case = Case('llama', 'scripted', Shape(1, 1), 'cpu')\n"
+        "folder = Path(sys.argv[1]).parent\n"
+        "runner.run_once(Job(case, LayerConfig('llama', values), folder), 'scripted',\n"
+        "    variables={}, limits=runner.Limits(), log_path=folder / 'case.log')\n"
+    )
+    driver = subprocess.Popen([sys.executable, "-c", program, str(pids)], stderr=subprocess.DEVNULL)
+    try:
+        assert wait_until(lambda: pids.exists() and len(pids.read_text().split()) == 3, 20)
+        family = [int(line) for line in pids.read_text().split()]
+        assert all(alive(pid) for pid in family)
+        driver.send_signal(number)
+        driver.wait(10)
+        assert wait_until(lambda: not any(alive(pid) for pid in family), 2)
+    finally:
+        driver.kill()
+        driver.wait()
+
+
+def test_verify_names_the_log_of_a_crash(framework: Framework, tmp_path: Path) -> None:
+    with pytest.raises(WorkerError, match=r"scripted: .*; log: .*verify.log"):
+        runner.verify(
+            "scripted",
+            framework,
+            "cpu",
+            cache_dir=tmp_path / "cache",
+            limits=runner.Limits(timeout_s=1.0),
+            log_path=tmp_path / "verify.log",
+            module="scripted",
+        )
+
+
+def test_verify_tells_a_wrong_output(framework: Framework, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    verification = runner.verify(
+        "scripted",
+        framework,
+        "cpu",
+        cache_dir=tmp_path / "cache",
+        limits=LIMITS,
+        log_path=tmp_path / "verify.log",
+        model_names=["llama"],
+        shapes=[Shape(1, 1), Shape(2, 3)],
+        module="scripted",
+    )
+    # Zeros for an output: the error is the reference's own size.
+    assert [check.error for check in verification.checks] == pytest.approx([1.0, 1.0])
+    assert not verification.agrees
+    assert json.loads(dumps(verification))["checks"][0]["tolerance"] == 2e-3
