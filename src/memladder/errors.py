@@ -1,13 +1,14 @@
 """The exceptions of memladder.
 
-    MemladderError            one clear line; the command line prints it and exits with status 2
-    ├── UsageError            what was asked for is not possible: unknown name, bad number, full disk
-    ├── ConfigError           a model's config.json is missing, broken, or of another type
-    ├── DeviceError           the device asked for is not here
-    ├── UnavailableError      a framework can't run here; carries the command that installs it
-    ├── LockedError           another memladder works in the same folder
-    ├── RecordError           a record is damaged, foreign, or of another schema version
-    └── CacheError            a cached file can't be made or is damaged
+MemladderError            one clear line; the command line prints it and exits with status 2
+├── UsageError            what was asked for is not possible: unknown name, bad number, full disk
+├── ConfigError           a model's config.json is missing, broken, or of another type
+├── DeviceError           the device asked for is not here
+├── UnavailableError      a framework can't run here; carries the command that installs it
+├── LockedError           another memladder works in the same folder
+├── WorkerError           a worker could not do what it was started for
+├── RecordError           a record is damaged, foreign, or of another schema version
+└── CacheError            a cached file can't be made or is damaged
 """
 
 from __future__ import annotations
@@ -39,6 +40,10 @@ class UnavailableError(MemladderError):
 
 class LockedError(MemladderError):
     """Another memladder works in the same folder."""
+
+
+class WorkerError(MemladderError):
+    """A worker could not do what it was started for."""
 
 
 class RecordError(MemladderError):

@@ -17,11 +17,10 @@ import pytest
 
 from memladder import models
 from memladder.case import Case, Shape
-from memladder.errors import UnavailableError, UsageError
+from memladder.errors import UnavailableError, UsageError, WorkerError
 from memladder.frameworks.base import Framework, Job
 from memladder.measure import runner
 from memladder.measure.calibration import calibrate
-from memladder.measure.launch import WorkerError
 from memladder.measure.record import PHASES, Record, Source, Status, dumps, loads_record
 from memladder.models import LayerConfig
 from memladder.units import MIB

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from memladder.case import Case, Shape
+from memladder.errors import WorkerError
 from memladder.frameworks.base import Job
 from memladder.measure import devices, processes, runner
 from memladder.measure.devices import Device
-from memladder.measure.launch import WorkerError
 from memladder.measure.record import Run, Source
 from memladder.models import LayerConfig
 from memladder.units import GIB, MIB

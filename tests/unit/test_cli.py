@@ -118,7 +118,8 @@ def test_the_published_figure_and_help_need_no_heavy_library(tmp_path: Path) -> 
         "from memladder.cli import run_all\n"
         "try: run_all()\n"
         "except SystemExit as e: assert not e.code\n"
-        "heavy = {'torch', 'transformers', 'onnx', 'onnxruntime', 'safetensors'} & set(sys.modules)\n"
+        "names = {'torch', 'transformers', 'onnx', 'onnxruntime', 'safetensors'}\n"
+        "heavy = names & set(sys.modules)\n"
         "assert not heavy, heavy"
     )
     done = run(sys.executable, "-c", code, cwd=tmp_path)

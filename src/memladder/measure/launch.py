@@ -13,15 +13,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from memladder.errors import MemladderError
+from memladder.errors import WorkerError
 from memladder.measure.protocol import MAX_LINE, Order, encode
 
 # The guard kills at once; a process stuck in a driver call may take its time to die.
 _END_S = 40.0
-
-
-class WorkerError(MemladderError):
-    """A worker could not do what it was started for."""
 
 
 class GuardedWorker:

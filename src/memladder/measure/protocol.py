@@ -97,11 +97,12 @@ class Checked:
 
 
 class Kind(StrEnum):
-    """How a worker fails; the value is the record's status."""
+    """How a worker fails: a record's status, or a refusal, which is the caller's error."""
 
     OOM = "oom"
     UNAVAILABLE = "unavailable"
     FAILED = "failed"
+    REFUSED = "refused"
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, TypeVar
 
@@ -47,12 +47,13 @@ class Machine:
     """Where a case ran. `device` is the GPU's name, or the processor's for the CPU."""
 
     device: str
-    device_memory_bytes: int
+    # Virtual machines exist that grow as memory is used: sizes say nothing of which machine it is.
+    device_memory_bytes: int = field(compare=False)
     driver: str | None
     cuda: str | None
     cpu: str
     cores: int
-    memory_bytes: int
+    memory_bytes: int = field(compare=False)
     os: str
     kernel: str
 

@@ -10,11 +10,10 @@ from pathlib import Path
 
 from memladder import models
 from memladder.case import FIGURE_SHAPES, Case, Shape
-from memladder.errors import RecordError, UnavailableError, UsageError
+from memladder.errors import RecordError, UnavailableError, UsageError, WorkerError
 from memladder.frameworks.base import Availability, Framework, Job, Setting
 from memladder.measure import devices, environment
 from memladder.measure.devices import Device
-from memladder.measure.launch import WorkerError
 from memladder.measure.protocol import JobText, Mode, Order
 from memladder.measure.record import (
     ForeignProcess,
@@ -86,7 +85,8 @@ def measure(
 
     Whatever happens in the processes becomes the record's status; their output goes to `log_path`.
     `module` holds the framework as `FRAMEWORK`, by default the file of the case's framework.
-    Raises DeviceError where the device is not here, UsageError where the log can't be written.
+    Raises DeviceError where the device is not here, UsageError where the log can't be written or
+    the layer can't be prepared as asked (a full disk, a configuration that makes no layer).
     """
     if repeats < 1:
         raise UsageError(f"repeats {repeats} is less than 1")
@@ -102,6 +102,8 @@ def measure(
     runs: list[Run] = []
     settings: Mapping[str, Setting] = {}
     problem = attempt.tell(0, Mode.PREPARE, 0.0).problem
+    if problem is not None and problem.refused:
+        raise UsageError(problem.reason)
     while problem is None and len(runs) < repeats:
         outcome = attempt.measured(len(runs) + 1, steady_s)
         if isinstance(outcome, Problem):

@@ -19,6 +19,7 @@ from memladder.measure.protocol import (
     Failure,
     Finished,
     Hold,
+    Kind,
     Message,
     Mode,
     Order,
@@ -58,6 +59,7 @@ class Problem:
     reason: str
     hint: str | None = None
     asked_bytes: int | None = None
+    refused: bool = False
 
 
 @dataclass
@@ -170,10 +172,13 @@ class Watch:
             case Checked():
                 story.checked.append(message)
             case Failure():
-                reason = f"{message.message} (in phase {self._place})"
-                story.problem = story.problem or Problem(
-                    Status(message.kind), reason, message.hint, message.asked_bytes
-                )
+                story.problem = story.problem or self._complaint(message)
+
+    def _complaint(self, failure: Failure) -> Problem:
+        if failure.kind is Kind.REFUSED:
+            return Problem(Status.FAILED, failure.message, refused=True)
+        reason = f"{failure.message} (in phase {self._place})"
+        return Problem(Status(failure.kind), reason, failure.hint, failure.asked_bytes)
 
     def _tell(self, sampler: Sampler, now: bool) -> None:
         if now:

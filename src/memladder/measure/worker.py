@@ -15,7 +15,7 @@ import sys
 import time
 import traceback
 
-from memladder.errors import UnavailableError
+from memladder.errors import MemladderError, UnavailableError
 from memladder.frameworks.base import Framework, Job, OutOfMemoryError, Session
 from memladder.measure.protocol import (
     AGAIN,
@@ -175,6 +175,8 @@ def failure(error: BaseException) -> Failure:
         return Failure(Kind.OOM, message, None, None)
     if isinstance(error, UnavailableError):
         return Failure(Kind.UNAVAILABLE, one_line(str(error)), None, error.hint)
+    if isinstance(error, MemladderError):
+        return Failure(Kind.REFUSED, one_line(str(error)), None, None)
     return Failure(Kind.FAILED, message, None, None)
 
 

@@ -99,5 +99,7 @@ def call(
     layer: torch.nn.Module, hidden_states: torch.Tensor, passed: Mapping[str, torch.Tensor]
 ) -> torch.Tensor:
     """One pass: [batch_size, seq_len, hidden_size] to the same. The attention is dropped."""
-    out: torch.Tensor = layer(hidden_states, alibi=passed["alibi"], attention_mask=passed["mask"])[0]
+    out: torch.Tensor = layer(hidden_states, alibi=passed["alibi"], attention_mask=passed["mask"])[
+        0
+    ]
     return out

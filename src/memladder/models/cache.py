@@ -52,6 +52,17 @@ def writing(folder: Path) -> Iterator[None]:
         lock.release()
 
 
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name to write to; it becomes `path` when all went well and is removed otherwise."""
+    part = path.with_name(path.name + ".part")
+    try:
+        yield part
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
 def require_space(folder: Path, needed: int) -> None:
     """Raise CacheError unless `needed` bytes fit on the folder's disk."""
     free = shutil.disk_usage(folder).free

@@ -54,9 +54,9 @@ def choice(raw: Mapping[str, Any], name: str, allowed: tuple[str, ...]) -> str:
     value = raw.get(name)
     if value is None:
         return allowed[0]
-    if value not in allowed:
+    if not isinstance(value, str) or value not in allowed:
         raise ConfigError(f"{name} {str(value)[:40]!r} is not one of {', '.join(allowed)}")
-    return str(value)
+    return value
 
 
 def divides(part_name: str, part: int, whole_name: str, whole: int) -> None:

@@ -46,7 +46,8 @@ def read(raw: Mapping[str, Any]) -> dict[str, Any]:
     fields.divides("num_attention_heads", heads, "hidden_size", hidden)
     fields.divides("num_key_value_heads", kv_heads, "num_attention_heads", heads)
     head_dim = fields.size(raw, "head_dim", default=hidden // heads)
-    fields.divides("the two halves of RoPE,", 2, "head_dim", head_dim)
+    if head_dim % 2:
+        raise ConfigError(f"head_dim {head_dim} is not even, as rotary positions need")
     return {
         "model_type": "llama",
         "hidden_size": hidden,

@@ -48,9 +48,8 @@ def ensure(config: LayerConfig, cache_dir: Path, shape: Shape, seed: int) -> Pat
         return path
     with cache.writing(data.parent):
         if not path.exists():
-            part = path.with_suffix(".part")
-            _export(config, data, shape, seed, part)
-            part.replace(path)
+            with cache.replacing(path) as part:
+                _export(config, data, shape, seed, part)
     return path
 
 

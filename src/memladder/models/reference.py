@@ -23,9 +23,7 @@ def error(found: np.ndarray, expected: np.ndarray) -> float:
     return float(np.linalg.norm(difference) / np.linalg.norm(expected.astype(np.float64)))
 
 
-def rounding(
-    config: LayerConfig, weights_path: Path, shape: Shape, seed: int, dtype: str
-) -> float:
+def rounding(config: LayerConfig, weights_path: Path, shape: Shape, seed: int, dtype: str) -> float:
     """The error of the very layer, uncompiled, when it computes in `dtype`: what can be asked for.
 
     BLOOM adds ALiBi to the scores in the layer's dtype. The sum reaches slope · seq_len, and from

@@ -93,11 +93,9 @@ def ensure(
             return path
         if path.exists():
             print(f"warning: {path} is damaged and is made again", file=sys.stderr)
-            path.unlink()
         cache.require_space(folder, len(header(config, seed)) + weight_bytes(config))
-        part = path.with_suffix(".part")
-        _write(part, config, seed, progress)
-        part.replace(path)
+        with cache.replacing(path) as part:
+            _write(part, config, seed, progress)
     return path
 
 

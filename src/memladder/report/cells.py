@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TypeAlias
 
 from memladder.case import Shape
@@ -62,7 +62,11 @@ def ensure_one_machine(records: Sequence[Record]) -> None:
     for record in records[1:]:
         first, other = records[0].environment.machine, record.environment.machine
         if first != other:
-            names = [name for name in vars(first) if getattr(first, name) != getattr(other, name)]
+            names = [
+                field.name
+                for field in fields(first)
+                if field.compare and getattr(first, field.name) != getattr(other, field.name)
+            ]
             parts = (f"{n} {getattr(first, n)!r} and {getattr(other, n)!r}" for n in names)
             raise UsageError(
                 f"records of different machines, {records[0].case.id} and {record.case.id}: "

@@ -1,0 +1,234 @@
+"""PyTorch: the layer compiled by Inductor as one graph of static shapes, without autograd."""
+
+from __future__ import annotations
+
+import gc
+import importlib.metadata
+import importlib.util
+import re
+import runpy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from memladder.case import Case
+from memladder.frameworks.base import (
+    Availability,
+    Framework,
+    Job,
+    OutOfMemoryError,
+    Session,
+    Setting,
+)
+from memladder.models import weights
+from memladder.units import GIB, KIB, MIB
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+_INSTALL = "pip install 'memladder[pytorch]'"
+_NEEDED = ("torch", "transformers", "safetensors")
+_TOLERANCE = {"cpu": 1.6e-2, "cuda": 2e-3}
+
+_UNITS = {"bytes": 1, "KiB": KIB, "MiB": MIB, "GiB": GIB}
+_ASKED = re.compile(r"tried to allocate ([\d.]+) (bytes|KiB|MiB|GiB)", re.IGNORECASE)
+_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
+
+
+class PyTorch(Framework):
+    """torch.compile with Inductor, CPU or CUDA."""
+
+    title = "PyTorch-Inductor"
+    packages = ("torch", "triton", "transformers", "safetensors")
+
+    def availability(self, device: str) -> Availability:
+        """CUDA needs a CUDA build, which torch's version file names without torch's import."""
+        missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+        if missing:
+            return Availability(False, None, f"{', '.join(missing)} not installed", _INSTALL)
+        version = importlib.metadata.version("torch")
+        if device != "cpu" and _cuda_build() is None:
+            return Availability(False, version, f"torch {version} is built without CUDA", _INSTALL)
+        return Availability(True, version)
+
+    def environment(self, case: Case) -> Mapping[str, str]:
+        """Few helper processes, no compiled code from earlier runs, and on CUDA a tight allocator.
+
+        Every run compiles anew: a cached kernel would spare the second repeat what the first one
+        needed. torch 2.9 renamed PYTORCH_CUDA_ALLOC_CONF; both names are set.
+        """
+        common = {
+            "TORCHINDUCTOR_COMPILE_THREADS": "1",
+            "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1",
+            # It is a cache too, and warns when all of them are off.
+            "TORCH_DYNAMO_AUTOMATIC_DYNAMIC_LOCAL_PGO": "0",
+        }
+        if case.device == "cpu":
+            return common
+        return common | {
+            "CUDA_MODULE_LOADING": "LAZY",
+            "PYTORCH_ALLOC_CONF": "expandable_segments:True",
+            "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+        }
+
+    def prepare(self, job: Job) -> None:
+        """The layer's weights."""
+        weights.ensure(job.config, job.cache_dir, job.seed)
+
+    def tolerance(self, device: str) -> float:
+        """Four unit roundoffs of the dtype: 2^-11 in float16, 2^-8 in bfloat16, the CPU's worst.
+
+        A layer rounds its activations a few times in a row and adds in float32.
+        """
+        return _TOLERANCE[device.partition(":")[0]]
+
+    def session(self, job: Job, announce: Callable[[str], None]) -> Session:
+        """Import torch and the layer's module."""
+        return _Session(job, announce)
+
+
+class _Session(Session):
+    def __init__(self, job: Job, announce: Callable[[str], None]) -> None:
+        super().__init__(job, announce)
+        import torch
+
+        from memladder.models import layer
+
+        self._torch = torch
+        self._load = layer.load
+        self._device = torch.device(job.case.device)
+        self._dtype, self._dtype_reason = _dtype(self._device)
+
+    def context(self) -> None:
+        """Bring CUDA up and choose the device."""
+        if self._device.type == "cuda":
+            self._torch.cuda.set_device(self._device)
+            self._torch.cuda.synchronize(self._device)
+
+    def weights(self) -> None:
+        """The layer on the device, and its hidden states."""
+        job = self.job
+        path = weights.ensure(job.config, job.cache_dir, job.seed)
+        with _memory_errors():
+            self._layer = self._load(job.config, path, job.case.shape, self._dtype, self._device)
+            states = self._torch.from_numpy(
+                weights.hidden_states(job.config, job.case.shape, job.seed)
+            )
+            self._states = states.to(device=self._device, dtype=self._dtype)
+        assert self._held() == weights.weight_bytes(job.config)
+
+    def compile(self) -> None:
+        """Compile, which happens inside the first pass, and let go of what only compiling needed."""
+        from torch._dynamo.backends.registry import lookup_backend
+
+        inductor = lookup_backend("inductor")
+
+        def backend(graph: Any, inputs: Any) -> Any:
+            compiled = inductor(graph, inputs)
+            gc.collect()
+            self.announce("first run")
+            return compiled
+
+        self._compiled = self._torch.compile(
+            self._layer, backend=backend, fullgraph=True, dynamic=False
+        )
+        self.run()
+        gc.collect()
+        if self._device.type == "cuda":
+            self._torch.cuda.empty_cache()
+
+    def run(self) -> None:
+        """One pass in inference mode, synchronised."""
+        with _memory_errors(), self._torch.inference_mode():
+            # The last pass's output must not live beside the next one's.
+            self._output = None
+            self._output = self._compiled(self._states)
+            if self._device.type == "cuda":
+                self._torch.cuda.synchronize(self._device)
+
+    def output(self) -> np.ndarray:
+        """The last pass's output, on the host."""
+        assert self._output is not None
+        found: np.ndarray = self._output.float().cpu().numpy()
+        return found
+
+    def settings(self) -> Mapping[str, Setting]:
+        """How the layer is compiled, and in what dtype it computes."""
+        attention = "sdpa" if self.job.config.model == "llama" else "eager"
+        return {
+            "backend": "inductor",
+            "fullgraph": True,
+            "dynamic": False,
+            "inference_mode": True,
+            "attention": attention,
+            "dtype": str(self._dtype).removeprefix("torch."),
+            "dtype_reason": self._dtype_reason,
+            "empty_cache_after_first_run": self._device.type == "cuda",
+            "threads": self._torch.get_num_threads(),
+            **PyTorch().environment(self.job.case),
+        }
+
+    def categories(self) -> Mapping[str, int]:
+        """Parameters and other inputs; on CUDA what the caching allocator hands out and holds."""
+        found = {
+            "weights": self._held(),
+            "buffers": sum(tensor.nbytes for tensor in self._layer.buffers()),
+        }
+        if self._device.type == "cuda":
+            stats = self._torch.cuda.memory_stats(self._device)
+            for name in ("allocated", "reserved"):
+                found[f"allocator_{name}"] = stats[f"{name}_bytes.all.current"]
+                found[f"allocator_{name}_peak"] = stats[f"{name}_bytes.all.peak"]
+        return found
+
+    def _held(self) -> int:
+        return sum(parameter.nbytes for parameter in self._layer.parameters())
+
+
+def _dtype(device: torch.device) -> tuple[torch.dtype, str]:
+    """float16 wherever its matrix products are compiled in; bfloat16 takes two bytes as well.
+
+    On a CPU without float16 instructions oneDNN has no float16 kernels, and PyTorch's own are ten
+    times slower than the bfloat16 ones of the same machine.
+    """
+    import torch
+
+    if device.type != "cpu":
+        return torch.float16, "the figure's dtype"
+    if torch.ops.mkldnn._is_mkldnn_fp16_supported():
+        return torch.float16, "oneDNN has float16 kernels for this CPU"
+    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return torch.bfloat16, "oneDNN has bfloat16 but no float16 kernels for this CPU"
+    return torch.float16, "oneDNN has no 16-bit kernels for this CPU"
+
+
+@contextmanager
+def _memory_errors() -> Iterator[None]:
+    """Failed allocations as OutOfMemoryError, with the bytes asked for where the text has them."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        text = str(error)
+        if not isinstance(error, MemoryError) and not _MEMORY.search(text):
+            raise
+        asked = _ASKED.search(text)
+        size = round(float(asked[1]) * _UNITS[_unit(asked[2])]) if asked else None
+        raise OutOfMemoryError(text.splitlines()[0] if text else "out of memory", size) from None
+
+
+def _unit(text: str) -> str:
+    return next(name for name in _UNITS if name.lower() == text.lower())
+
+
+def _cuda_build() -> str | None:
+    """The CUDA version that torch was built with; None for a CPU build."""
+    spec = importlib.util.find_spec("torch")
+    assert spec is not None and spec.origin is not None
+    values = runpy.run_path(str(Path(spec.origin).with_name("version.py")))
+    cuda: str | None = values.get("cuda")
+    return cuda
+
+
+FRAMEWORK = PyTorch()
