@@ -20,7 +20,7 @@ from memladder.errors import UsageError
 from memladder.files import writable_folder, write_atomic
 from memladder.frameworks.base import Job
 from memladder.measure import environment, runner
-from memladder.measure.record import Record, Status
+from memladder.measure.record import Record, Status, Verification
 from memladder.models import LayerConfig
 from memladder.models.cache import default_dir
 from memladder.sweep import cases as sweep_cases
@@ -91,7 +91,7 @@ def draw_store(path: Path, output_dir: Path) -> None:
 
 
 def _draw(
-    records: Sequence[Record], verifications: Sequence[store.Verification], output_dir: Path
+    records: Sequence[Record], verifications: Sequence[Verification], output_dir: Path
 ) -> None:
     from memladder.report import cells, figure, table
 
@@ -218,11 +218,8 @@ def sweep(request: Request) -> int:
 
 
 def _split(names: Iterable[str], device: str) -> tuple[list[str], list[str]]:
-    runnable, missing = [], []
-    for name in names:
-        can_run = sweep_cases.availability(name, device).available
-        (runnable if can_run else missing).append(name)
-    return runnable, missing
+    can_run = {name: sweep_cases.availability(name, device).available for name in names}
+    return [name for name in can_run if can_run[name]], [n for n in can_run if not can_run[n]]
 
 
 def _tell_missing(names: Sequence[str], device: str, console: Console) -> None:
@@ -248,7 +245,7 @@ def verify(request: Request) -> int:
         raise UsageError(f"none of the frameworks {', '.join(names)} can run on {device} here")
     options = request.options()
     kept = store.Store(request.log)
-    table = Table("framework", "model", "shape", "error", "tolerance", "agrees")
+    table = Table("framework", "model", "shape", "tokens", "error", "tolerance", "agrees")
     agree = True
     with kept.locked():
         for name in runnable:
@@ -268,6 +265,7 @@ def verify(request: Request) -> int:
                     name,
                     check.model,
                     str(check.shape),
+                    str(check.tokens),
                     f"{check.error:.2e}",
                     f"{check.tolerance:.1e}",
                     "yes" if check.agrees else "NO",

@@ -79,5 +79,5 @@ def elsewhere(device: str = "Other CPU") -> Environment:
 
 def verification(framework: str = "pytorch", error: float = 1e-3) -> Verification:
     """A framework's check at one shape."""
-    check = Check("llama", Shape(1, 1), error, 2e-3)
+    check = Check("llama", Shape(1, 1), 1, error, 2e-3)
     return Verification(framework, "cpu", (check,), {}, ENVIRONMENT)

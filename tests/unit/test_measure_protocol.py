@@ -29,7 +29,7 @@ MESSAGES: list[Message] = [
     PhaseStart("weights", 12),
     Hold(13),
     Finished(14, 3, {"dtype": "float16", "threads": 2}, {"weights": 5}),
-    Checked(Check("llama", Shape(1, 1), 1e-3, 2e-3), {}),
+    Checked((Check("llama", Shape(1, 1), 1, 1e-3, 2e-3),), {}),
     Failure(Kind.OOM, "no room", 5, None),
 ]
 

@@ -147,7 +147,8 @@ def test_configurations_need_no_heavy_library() -> None:
     code = (
         "import sys; from memladder import models, frameworks;"
         "[models.parameters(models.layer_config(m)) for m in models.names()];"
-        "[frameworks.get(f).availability(d) for f in frameworks.names() for d in ('cpu', 'cuda:0')];"
+        "[frameworks.get(f).availability(d) for f in frameworks.names()"
+        " for d in ('cpu', 'cuda:0')];"
         "print(sorted({'torch', 'transformers', 'onnx', 'onnxruntime', 'onnxscript'}"
         " & set(sys.modules)))"
     )

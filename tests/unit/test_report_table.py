@@ -72,7 +72,7 @@ def record(framework="pytorch", status=Status.MEASURED, model="llama", shape=ONE
 
 
 def verification(framework="pytorch", error=1e-3, model="llama", **changes):
-    checks = (Check(model, ONE, error, 1e-2),)
+    checks = (Check(model, ONE, 1, error, 1e-2),)
     return replace(Verification(framework, "cuda:0", checks, {}, ENVIRONMENT), **changes)
 
 
@@ -236,7 +236,7 @@ def test_report_page():
         "- Packages: torch 2.13.0",
         "| llama_pytorch_1_1 |",
         "*unavailable*: can't run on this machine",
-        "| pytorch | NVIDIA H100 80GB HBM3 | llama | 1x1 | 2.50e-04 | 1.00e-02 | yes |",
+        "| pytorch | NVIDIA H100 80GB HBM3 | llama | 1x1 | 1 | 2.50e-04 | 1.00e-02 | yes |",
         "| 5.00e-01 | 1.00e-02 | NO |",
         "| pytorch | mode | default, max |",
     ):

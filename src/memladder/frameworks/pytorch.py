@@ -120,7 +120,7 @@ class _Session(Session):
         assert self._held() == weights.weight_bytes(job.config)
 
     def compile(self) -> None:
-        """Compile, which happens inside the first pass, and let go of what only compiling needed."""
+        """Compile, inside the first pass, and let go of what only compiling needed."""
         from torch._dynamo.backends.registry import lookup_backend
 
         inductor = lookup_backend("inductor")
@@ -225,7 +225,8 @@ def _unit(text: str) -> str:
 def _cuda_build() -> str | None:
     """The CUDA version that torch was built with; None for a CPU build."""
     spec = importlib.util.find_spec("torch")
-    assert spec is not None and spec.origin is not None
+    assert spec is not None
+    assert spec.origin is not None
     values = runpy.run_path(str(Path(spec.origin).with_name("version.py")))
     cuda: str | None = values.get("cuda")
     return cuda

@@ -90,9 +90,9 @@ class Finished:
 
 @dataclass(frozen=True)
 class Checked:
-    """One comparison with the reference is done."""
+    """One narrow layer is compared with the reference: as a whole, and its leading tokens."""
 
-    check: Check
+    checks: tuple[Check, ...]
     settings: Mapping[str, Setting]
 
 

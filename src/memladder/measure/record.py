@@ -210,10 +210,14 @@ class Record:
 
 @dataclass(frozen=True)
 class Check:
-    """One comparison with the fp32 reference: ‖y − ref‖ / ‖ref‖ and its bound."""
+    """One comparison with the fp32 reference: ‖y − ref‖ / ‖ref‖ over `tokens` and its bound.
+
+    `tokens` counts the leading tokens of each sequence that were compared.
+    """
 
     model: str
     shape: Shape
+    tokens: int
     error: float
     tolerance: float
 

@@ -184,7 +184,7 @@ def verify(
     return Verification(
         framework=name,
         device=device,
-        checks=tuple(one.check for one in story.checked),
+        checks=tuple(check for one in story.checked for check in one.checks),
         settings={**story.checked[-1].settings, **variables},
         environment=environment.describe(jobs[0].case, framework),
     )

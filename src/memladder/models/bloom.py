@@ -22,7 +22,7 @@ VALUES: Mapping[str, Any] = {
 }
 
 # 6 heads are no power of two, as 112 are not: ALiBi then has two series of slopes.
-NARROW: Mapping[str, Any] = VALUES | {"hidden_size": 384, "n_head": 6}
+NARROW: Mapping[str, Any] = {**VALUES, "hidden_size": 384, "n_head": 6}
 
 
 def read(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -72,7 +72,8 @@ def block(values: Mapping[str, Any]) -> torch.nn.Module:
     """Hugging Face's layer, on the current default device."""
     from transformers.models.bloom.modeling_bloom import BloomBlock
 
-    return BloomBlock(_hf_config(values), layer_idx=0)
+    layer: torch.nn.Module = BloomBlock(_hf_config(values), layer_idx=0)
+    return layer
 
 
 def inputs(values: Mapping[str, Any], shape: Shape, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -99,7 +100,6 @@ def call(
     layer: torch.nn.Module, hidden_states: torch.Tensor, passed: Mapping[str, torch.Tensor]
 ) -> torch.Tensor:
     """One pass: [batch_size, seq_len, hidden_size] to the same. The attention is dropped."""
-    out: torch.Tensor = layer(hidden_states, alibi=passed["alibi"], attention_mask=passed["mask"])[
-        0
-    ]
+    out: torch.Tensor
+    out, _ = layer(hidden_states, alibi=passed["alibi"], attention_mask=passed["mask"])
     return out

@@ -27,7 +27,8 @@ VALUES: Mapping[str, Any] = {
     "rope_theta": 10000.0,
 }
 
-NARROW: Mapping[str, Any] = VALUES | {
+NARROW: Mapping[str, Any] = {
+    **VALUES,
     "hidden_size": 256,
     "intermediate_size": 704,
     "num_attention_heads": 4,
@@ -111,7 +112,8 @@ def block(values: Mapping[str, Any]) -> torch.nn.Module:
     """Hugging Face's layer, on the current default device."""
     from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-    return LlamaDecoderLayer(_hf_config(values), layer_idx=0)
+    layer: torch.nn.Module = LlamaDecoderLayer(_hf_config(values), layer_idx=0)
+    return layer
 
 
 def inputs(values: Mapping[str, Any], shape: Shape, dtype: torch.dtype) -> dict[str, torch.Tensor]:

@@ -19,7 +19,7 @@ def linear(x: Any, weight: Any, bias: Any = None) -> Any:
     return op.Reshape(product, op.Constant(value_ints=[*outer, weight.shape[0]]))
 
 
-class _Rotary(pattern.RewriteRuleClassBase):
+class _Rotary(pattern.RewriteRuleClassBase):  # type: ignore[misc]
     """x · cos + rotate_half(x) · sin, with constant cos and sin [1, 1, seq_len, head_dim]."""
 
     def pattern(self, op: Any, x: Any, cos: Any, sin: Any, middle: Any) -> Any:
@@ -38,7 +38,10 @@ class _Rotary(pattern.RewriteRuleClassBase):
 
 
 def _halves_agree(table: ir.TensorProtocol | None) -> bool:
-    return table is not None and np.array_equal(*np.split(table.numpy(), 2, axis=-1))
+    if table is None:
+        return False
+    first, second = np.split(table.numpy(), 2, axis=-1)
+    return np.array_equal(first, second)
 
 
 def fuse_rotary(model: ir.Model) -> None:
@@ -49,11 +52,12 @@ def fuse_rotary(model: ir.Model) -> None:
     RewritePass([_Rotary.rule()])(model)
     rotaries = [node for node in model.graph if node.op_type == "RotaryEmbedding"]
     for table in {table for node in rotaries for table in node.inputs[1:3]}:
-        assert table is not None and table.const_value is not None
+        assert table is not None
+        assert table.const_value is not None
         assert {node.op_type for node in table.consumers()} == {"RotaryEmbedding"}
-        shape = rotaries[0].inputs[0].shape  # type: ignore[union-attr]
+        shape = rotaries[0].inputs[0].shape
         assert shape is not None
         half = np.split(table.const_value.numpy()[:, 0], 2, axis=-1)[0]
         table.const_value = ir.tensor(np.repeat(half, int(shape[0]), axis=0), name=table.name)
-        table.shape = table.const_value.shape  # type: ignore[assignment]
+        table.shape = table.const_value.shape
     RemoveUnusedNodesPass()(model)

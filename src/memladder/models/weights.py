@@ -25,7 +25,6 @@ import numpy as np
 
 from memladder.case import Shape
 from memladder.models import LayerConfig, cache, hidden_size, tensor_shapes
-from memladder.units import format_bytes
 
 FILE_NAME = "weights.safetensors"
 _ALIGNMENT = 4096
@@ -92,7 +91,7 @@ def ensure(
         if _is_whole(path, config, seed):
             return path
         if path.exists():
-            print(f"warning: {path} is damaged and is made again", file=sys.stderr)
+            sys.stderr.write(f"warning: {path} is damaged and is made again\n")
         cache.require_space(folder, len(header(config, seed)) + weight_bytes(config))
         with cache.replacing(path) as part:
             _write(part, config, seed, progress)
@@ -152,7 +151,7 @@ def _write_chunk(file: int, name: str, entry: Entry, seed: int, chunk: int) -> i
         values *= np.float32(0.1)
         if name.endswith("norm.weight"):
             values += np.float32(1)
-    data = memoryview(values.astype("<f2")).cast("B")
+    data = values.astype("<f2").tobytes()
     written = 0
     while written < len(data):
         written += os.pwrite(file, data[written:], entry.offset + start + written)

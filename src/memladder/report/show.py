@@ -85,7 +85,9 @@ def _quality(run: Run) -> Table:
         quality["device before"] = format_bytes(run.idle_device_bytes)
     for process in run.foreign:
         quality[f"foreign process {process.pid}"] = (
-            f"{process.name}, {format_bytes(process.peak_bytes)}"
+            process.name
+            if process.peak_bytes is None
+            else f"{process.name}, {format_bytes(process.peak_bytes)}"
         )
     for name, size in run.categories.items():
         quality[name] = format_bytes(size)

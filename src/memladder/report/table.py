@@ -203,6 +203,7 @@ def _verification(verifications: Iterable[Verification]) -> str:
             item.environment.machine.device,
             check.model,
             str(check.shape),
+            str(check.tokens),
             f"{check.error:.2e}",
             f"{check.tolerance:.2e}",
             "yes" if check.agrees else "NO",
@@ -212,9 +213,9 @@ def _verification(verifications: Iterable[Verification]) -> str:
     ]
     if not lines:
         return "No framework's output was compared with the reference."
-    columns = ("framework", "device", "model", "shape", "error", "tolerance", "agrees")
-    note = "Error: ‖y − ref‖ / ‖ref‖ against the fp32 reference."
-    return f"{_markdown(columns, lines, ('error', 'tolerance'))}\n{note}"
+    columns = ("framework", "device", "model", "shape", "tokens", "error", "tolerance", "agrees")
+    note = "Error: ‖y − ref‖ / ‖ref‖ against the fp32 reference, over the leading tokens."
+    return f"{_markdown(columns, lines, ('tokens', 'error', 'tolerance'))}\n{note}"
 
 
 def _settings(records: Iterable[Record]) -> str:
