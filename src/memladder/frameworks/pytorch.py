@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import importlib.metadata
 import importlib.util
 import re
@@ -59,12 +60,7 @@ class PyTorch(Framework):
         Every run compiles anew: a cached kernel would spare the second repeat what the first one
         needed. torch 2.9 renamed PYTORCH_CUDA_ALLOC_CONF; both names are set.
         """
-        common = {
-            "TORCHINDUCTOR_COMPILE_THREADS": "1",
-            "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1",
-            # It is a cache too, and warns when all of them are off.
-            "TORCH_DYNAMO_AUTOMATIC_DYNAMIC_LOCAL_PGO": "0",
-        }
+        common = {"TORCHINDUCTOR_COMPILE_THREADS": "1", "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
         if case.device == "cpu":
             return common
         return common | {
@@ -96,6 +92,8 @@ class _Session(Session):
 
         from memladder.models import layer
 
+        # The model's own code; a model's name is its folder's name in transformers.
+        importlib.import_module(f"transformers.models.{job.case.model}.modeling_{job.case.model}")
         self._torch = torch
         self._load = layer.load
         self._device = torch.device(job.case.device)

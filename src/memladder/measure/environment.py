@@ -29,6 +29,8 @@ _VARIABLES = re.compile(
 # A folder says nothing about memory, and much about a user.
 _PATH = re.compile(r"(^|[:=,])(~|\.{0,2}/)")
 
+_COMMIT = re.compile(r"[0-9a-f]{7,40}(\+dirty)?")
+
 RUNNER_VARIABLES = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
 """What the runner sets for every worker: CUDA shall number GPUs as NVML does."""
 
@@ -113,10 +115,11 @@ def variables(environ: dict[str, str], device: str) -> dict[str, str]:
 @cache
 def commit() -> str | None:
     """The commit of the work tree that memladder runs from, `+dirty` if tracked files differ from
-    it; None when it is installed elsewhere."""
+    it. Where there is no work tree (a package, a container image), what MEMLADDER_COMMIT says."""
     folder = Path(__file__).resolve().parents[3]
     if not (folder / ".git").exists() or not (folder / "pyproject.toml").is_file():
-        return None
+        told = os.environ.get("MEMLADDER_COMMIT", "")
+        return told if _COMMIT.fullmatch(told) else None
     head = _git(folder, "rev-parse", "--short=12", "HEAD")
     changes = _git(folder, "status", "--porcelain", "--untracked-files=no")
     if head is None or changes is None:

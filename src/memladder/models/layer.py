@@ -66,11 +66,12 @@ def load(
     On the CPU in the file's own dtype nothing is copied: the parameters are the mapped file.
     """
     layer = build(config, shape, dtype)
-    with safe_open(weights, framework="pt", device="cpu") as file:
-        for name in tensor_shapes(config):
+    for name in tensor_shapes(config):
+        # Opened for each tensor, so that a converted one's pages are gone before the next is read.
+        with safe_open(weights, framework="pt", device="cpu") as file:
             tensor = file.get_tensor(name).to(device=device, dtype=dtype)
-            module_name, _, leaf = name.rpartition(".")
-            parameter = nn.Parameter(tensor, requires_grad=False)
-            setattr(layer.block.get_submodule(module_name), leaf, parameter)
+        module_name, _, leaf = name.rpartition(".")
+        parameter = nn.Parameter(tensor, requires_grad=False)
+        setattr(layer.block.get_submodule(module_name), leaf, parameter)
     gc.collect()
     return layer.to(device)

@@ -1,4 +1,4 @@
-"""What the layer should compute: the same Hugging Face module in float32, uncompiled, on the CPU."""
+"""What a layer should compute: the same Hugging Face module in float32, uncompiled, on the CPU."""
 
 from __future__ import annotations
 
