@@ -235,13 +235,14 @@ def test_report_page():
         "- Driver: 570.86.15",
         "- Packages: torch 2.13.0",
         "| llama_pytorch_1_1 |",
-        "*unavailable*: can't run on this machine",
+        "| vllm |",
         "| pytorch | NVIDIA H100 80GB HBM3 | llama | 1x1 | 1 | 2.50e-04 | 1.00e-02 | yes |",
         "| 5.00e-01 | 1.00e-02 | NO |",
         "| pytorch | mode | default, max |",
     ):
         assert part in page
     assert "*timeout*" not in page
+    assert "llama_vllm_1_1" not in page
     assert table.to_markdown_report([], []).count("No ") == 3
 
 

@@ -117,14 +117,13 @@ def commit() -> str | None:
     """The commit of the work tree that memladder runs from, `+dirty` if tracked files differ from
     it. Where there is no work tree (a package, a container image), what MEMLADDER_COMMIT says."""
     folder = Path(__file__).resolve().parents[3]
-    if not (folder / ".git").exists() or not (folder / "pyproject.toml").is_file():
-        told = os.environ.get("MEMLADDER_COMMIT", "")
-        return told if _COMMIT.fullmatch(told) else None
-    head = _git(folder, "rev-parse", "--short=12", "HEAD")
-    changes = _git(folder, "status", "--porcelain", "--untracked-files=no")
-    if head is None or changes is None:
-        return None
-    return f"{head.strip()}+dirty" if changes.strip() else head.strip()
+    if (folder / ".git").exists() and (folder / "pyproject.toml").is_file():
+        head = _git(folder, "rev-parse", "--short=12", "HEAD")
+        changes = _git(folder, "status", "--porcelain", "--untracked-files=no")
+        if head is not None and changes is not None:
+            return f"{head.strip()}+dirty" if changes.strip() else head.strip()
+    told = os.environ.get("MEMLADDER_COMMIT", "")
+    return told if _COMMIT.fullmatch(told) else None
 
 
 def _git(folder: Path, *arguments: str) -> str | None:

@@ -35,7 +35,6 @@ from memladder.measure.protocol import (
 )
 from memladder.measure.record import PHASES, Check
 
-
 # A framework may err a little more than the layer does uncompiled in the same dtype, not much more.
 _OWN_ROUNDINGS = 1.25
 # So few tokens in, positions are small, and the bound holds for every layer: a wrong mask shows.

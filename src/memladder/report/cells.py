@@ -84,11 +84,11 @@ def notes_from(records: Sequence[Record]) -> tuple[str, ...]:
     when = days[0] if days[0] == days[-1] else f"{days[0]} to {days[-1]}"
     repeats = sorted({len(record.runs) for record in records if record.runs})
     times = " or ".join(map(str, repeats))
+    how = "one process a case" if repeats == [1] else f"median of {times} processes a case"
     versions = ", ".join(sorted({record.environment.memladder for record in records}))
     polls = min(run.polls_per_s for run in runs)
     return (
-        f"Bars: largest {sources} while the layer runs in a loop; "
-        f"median of {times} process{'es' if repeats != [1] else ''} a case.",
+        f"Bars: largest {sources} while the layer runs in a loop; {how}.",
         f"Measured {when} with memladder {versions}, {polls:.0f} polls a second or more.",
     )
 

@@ -84,17 +84,20 @@ def to_json(table: Iterable[Row]) -> str:
 def to_markdown_report(
     records: Sequence[Record], verifications: Sequence[Verification], *, custom: bool = False
 ) -> str:
-    """The page beside the figure: machine, table, verification, settings.
+    """The page beside the figure: machine, table, what is missing, verification, settings.
 
     Raises UsageError when the records are of different machines.
     """
     ensure_one_machine(records)
+    ran = [record for record in records if record.status is not Status.UNAVAILABLE]
     sections = [
         "# Memory of one decoder layer",
         _environment(records),
         "## Cases",
-        to_markdown(rows(records, custom=custom)),
-        _legend(records),
+        to_markdown(rows(ran, custom=custom)),
+        _legend(ran),
+        "## Not available here",
+        _unavailable(records),
         "## Verification",
         _verification(verifications),
         "## Settings",
@@ -194,6 +197,17 @@ def _legend(records: Iterable[Record]) -> str:
     seen = {record.status for record in records}
     meanings = [f"*{status}*: {_MEANINGS[status]}" for status in Status if status in seen]
     return "; ".join([*meanings, "sizes in MiB (2^20 bytes)"]) + "."
+
+
+def _unavailable(records: Iterable[Record]) -> str:
+    found = {
+        (record.case.framework, record.reason or "", record.hint or ""): None
+        for record in records
+        if record.status is Status.UNAVAILABLE
+    }
+    if not found:
+        return "Nothing that was asked for is missing."
+    return _markdown(("framework", "why", "to get it"), found)
 
 
 def _verification(verifications: Iterable[Verification]) -> str:
