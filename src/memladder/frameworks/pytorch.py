@@ -6,8 +6,10 @@ import gc
 import importlib
 import importlib.metadata
 import importlib.util
+import os
 import re
 import runpy
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -52,18 +54,24 @@ class PyTorch(Framework):
         version = importlib.metadata.version("torch")
         if device != "cpu" and _cuda_build() is None:
             return Availability(False, version, f"torch {version} is built without CUDA", _INSTALL)
+        compilers = ("c++", "g++", "clang++") if device == "cpu" else ("cc", "gcc", "clang")
+        if not any(map(shutil.which, compilers)):
+            reason = f"Inductor needs a compiler, and none of {', '.join(compilers)} is on the PATH"
+            return Availability(False, version, reason, "apt-get install g++")
         return Availability(True, version)
 
     def environment(self, case: Case) -> Mapping[str, str]:
-        """Few helper processes, no compiled code from earlier runs, and on CUDA a tight allocator.
+        """No compiled code from earlier runs, and on CUDA no compiling pool and a tight allocator.
 
         Every run compiles anew: a cached kernel would spare the second repeat what the first one
-        needed. torch 2.9 renamed PYTORCH_CUDA_ALLOC_CONF; both names are set.
+        needed. On the CPU a thread a core waits for the C++ compiler. torch 2.9 renamed
+        PYTORCH_CUDA_ALLOC_CONF; both names are set.
         """
-        common = {"TORCHINDUCTOR_COMPILE_THREADS": "1", "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
+        common = {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
         if case.device == "cpu":
-            return common
+            return common | {"TORCHINDUCTOR_COMPILE_THREADS": str(len(os.sched_getaffinity(0)))}
         return common | {
+            "TORCHINDUCTOR_COMPILE_THREADS": "1",
             "CUDA_MODULE_LOADING": "LAZY",
             "PYTORCH_ALLOC_CONF": "expandable_segments:True",
             "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
@@ -120,6 +128,7 @@ class _Session(Session):
     def compile(self) -> None:
         """Compile, inside the first pass, and let go of what only compiling needed."""
         from torch._dynamo.backends.registry import lookup_backend
+        from torch._inductor.async_compile import shutdown_compile_workers
 
         inductor = lookup_backend("inductor")
 
@@ -129,10 +138,14 @@ class _Session(Session):
             self.announce("first run")
             return compiled
 
+        # One process may compile many layers, and Dynamo refuses too many for one piece of code.
+        self._torch._dynamo.reset()
         self._compiled = self._torch.compile(
             self._layer, backend=backend, fullgraph=True, dynamic=False
         )
         self.run()
+        # Where Triton is installed, Inductor keeps a pool of compiling processes, idle from now on.
+        shutdown_compile_workers()
         gc.collect()
         if self._device.type == "cuda":
             self._torch.cuda.empty_cache()

@@ -83,10 +83,17 @@ class Story:
         return self.starts[-1].name if self.starts else "start"
 
     def spans(self) -> list[Span]:
-        """The phases with their times; each ends where the next begins."""
+        """The phases with their times; each ends where the next begins.
+
+        A first run that was too long to be repeated was the steady phase.
+        """
         assert self.finished is not None
+        names = [start.name for start in self.starts]
+        if names[-1] == "first run":
+            names[-1] = "steady"
         ends = [*(start.ns for start in self.starts[1:]), self.finished.ns]
-        return [Span(s.name, s.ns, end) for s, end in zip(self.starts, ends, strict=True)]
+        starts = (start.ns for start in self.starts)
+        return [Span(*one) for one in zip(names, starts, ends, strict=True)]
 
 
 class Watch:

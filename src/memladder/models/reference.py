@@ -23,15 +23,23 @@ def error(found: np.ndarray, expected: np.ndarray) -> float:
     return float(np.linalg.norm(difference) / np.linalg.norm(expected.astype(np.float64)))
 
 
-def rounding(config: LayerConfig, weights_path: Path, shape: Shape, seed: int, dtype: str) -> float:
+def rounding(
+    config: LayerConfig,
+    weights_path: Path,
+    shape: Shape,
+    seed: int,
+    dtype: str,
+    expected: np.ndarray,
+) -> float:
     """The error of the very layer, uncompiled, when it computes in `dtype`: what can be asked for.
+
+    `expected` is the layer's `output`.
 
     BLOOM adds ALiBi to the scores in the layer's dtype. The sum reaches slope · seq_len, and from
     2048 on neighbouring float16 numbers are 2 apart (bfloat16: 16), so that at 4096 tokens the
     rounding of the scores alone changes the layer's output by percents. That is the published
     layer's own property; no framework that computes it faithfully can be closer to float32.
     """
-    expected = output(config, weights_path, shape, seed)
     return error(_run(config, weights_path, shape, seed, getattr(torch, dtype)), expected)
 
 
