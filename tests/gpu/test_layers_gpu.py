@@ -66,7 +66,7 @@ def test_three_repeats_of_the_real_layer_agree(name: str, tmp_path: Path) -> Non
 
 
 def test_out_of_device_memory_is_a_status_with_what_was_asked_for(tmp_path: Path) -> None:
-    case = Case("bloom", "pytorch", Shape(1, 49_152), "cuda:0")
+    case = Case("bloom", "pytorch", Shape(512, 4096), "cuda:0")
     record = runner.measure(
         Job(case, models.narrow_config("bloom"), tmp_path),
         available("pytorch"),
