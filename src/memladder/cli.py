@@ -74,6 +74,7 @@ StorePath = Annotated[
 
 _HERE = Path()
 _DEFAULT_TIMEOUT = "1800"
+_INTERRUPTED = 130
 
 
 @app.command()
@@ -316,13 +317,15 @@ def _run(application: typer.Typer) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except (KeyboardInterrupt, typer.Abort):
-        print("memladder: stopped; the same command goes on from here", file=sys.stderr)
-        sys.exit(130)
+        code = _INTERRUPTED
     except Exception as error:
         # typer's usage errors share no importable base class across its versions.
         if not hasattr(error, "format_message"):
             raise
         _fail(" ".join(error.format_message().split()))
+    if code == _INTERRUPTED:
+        # Some versions of typer turn the interrupt into this status themselves.
+        print("memladder: stopped; the same command goes on from here", file=sys.stderr)
     sys.exit(code or 0)
 
 

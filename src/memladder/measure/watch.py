@@ -129,7 +129,7 @@ class Watch:
             def on_poll(rss: int) -> None:
                 reason = self._memory.breach(rss)
                 if reason is not None:
-                    self._end(worker, Problem(Status.OOM, reason))
+                    self._end(worker, Problem(Status.OOM, reason, asked_bytes=rss))
 
             with Sampler(worker.root, self._device, on_poll) as sampler:
                 self.story.samples = sampler.samples

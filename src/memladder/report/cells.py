@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TypeAlias
 
-from memladder.case import Shape
+from memladder.case import FIGURE_SYSTEMS, Shape
 from memladder.errors import UsageError
 from memladder.measure.record import Record, Source, Status, Verification
 from memladder.report.style import STATUS_TEXT, UNVERIFIED, WRONG
@@ -17,6 +17,8 @@ Key: TypeAlias = tuple[str, str, Shape]
 """Model, system (the framework's key), shape."""
 
 _WITH_VALUE = (Status.MEASURED, Status.PLANNED, Status.PREDICTED)
+# What the figure takes for granted, and a framework may not: the setting says what it did.
+_DTYPE = "float16"
 _SOURCES = {
     Source.NVML_PROCESS: "device memory of the process tree (NVML, per process)",
     Source.NVML_DEVICE_DELTA: "growth of the device's used memory (NVML)",
@@ -85,11 +87,19 @@ def notes_from(records: Sequence[Record]) -> tuple[str, ...]:
     repeats = sorted({len(record.runs) for record in records if record.runs})
     times = " or ".join(map(str, repeats))
     how = "one process a case" if repeats == [1] else f"median of {times} processes a case"
+    dtypes = {
+        FIGURE_SYSTEMS.get(record.case.framework, record.case.framework): str(dtype)
+        for record in records
+        for name in ("dtype", "matrix_dtype")
+        if (dtype := record.settings.get(name, _DTYPE)) != _DTYPE
+    }
+    others = "; ".join(f"{system} keeps its matrices in {dtypes[system]}" for system in dtypes)
     versions = ", ".join(sorted({record.environment.memladder for record in records}))
     polls = min(run.polls_per_s for run in runs)
     return (
         f"Bars: largest {sources} while the layer runs in a loop; {how}.",
         f"Measured {when} with memladder {versions}, {polls:.0f} polls a second or more.",
+        *((f"On this device {others}.",) if others else ()),
     )
 
 
