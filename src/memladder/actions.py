@@ -140,8 +140,8 @@ def _slug(records: Sequence[Record]) -> str:
 def measure(request: Request) -> int:
     """Measure one case; prints the artifact's two lines. 0 when measured or out of memory."""
     device = environment.resolve_device(request.device)
-    (model,) = sweep_cases.parse_models(request.models)
-    (framework,) = sweep_cases.parse_frameworks(request.frameworks)
+    model = _single("model", sweep_cases.parse_models(request.models))
+    framework = _single("framework", sweep_cases.parse_frameworks(request.frameworks))
     (shape,) = sweep_cases.parse_shapes(request.shapes)
     case = Case(model, framework, shape, device)
     config = request.configs([model])[model]
@@ -159,6 +159,12 @@ def measure(request: Request) -> int:
         print({case.id: round(mib(record.steady_bytes))})
     _explain(record, path)
     return 0 if record.status in _GOOD else 1
+
+
+def _single(kind: str, names: Sequence[str]) -> str:
+    if len(names) != 1:
+        raise UsageError(f"one {kind} is measured at a time, not {', '.join(names)}")
+    return names[0]
 
 
 def _measure_one(job: Job, options: local.Options, kept: store.Store) -> Record:

@@ -39,6 +39,8 @@ def script(name: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess
 BAD = [
     (["--model", "gpt5"], "unknown model 'gpt5'; known: bloom, llama"),
     (["--framework", "tf"], "unknown framework 'tf'; known: pytorch, onnxruntime"),
+    (["--model", "llama,bloom"], "one model is measured at a time, not llama, bloom"),
+    (["--framework", "all"], "one framework is measured at a time, not pytorch, onnxruntime"),
     (["--batch_size", "0"], "batch_size '0'"),
     (["--batch_size", "-1"], "batch_size '-1'"),
     (["--seq_len", "many"], "seq_len 'many'"),

@@ -51,6 +51,14 @@ def test_another_machines_record_is_kept_when_replaced(tmp_path: Path) -> None:
     assert len(list((tmp_path / "previous").iterdir())) == 1
 
 
+def test_a_measured_record_survives_a_failure_of_its_repetition(tmp_path: Path) -> None:
+    kept = Store(tmp_path)
+    kept.save(examples.record())
+    kept.save(examples.record(status=Status.FAILED, reason="it broke"))
+    (previous,) = (tmp_path / "previous").iterdir()
+    assert store.read(previous).records == [examples.record()]
+
+
 def test_one_sweep_a_folder(tmp_path: Path) -> None:
     with (
         Store(tmp_path).locked(),

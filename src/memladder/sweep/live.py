@@ -33,13 +33,13 @@ def cell_text(record: Record) -> str:
 
 
 def prior_seconds(case: Case, repeats: int) -> float:
-    """A first guess of a case's duration, only for the ETA: start-up, then two passes.
+    """A first guess of a case's duration, only for the ETA: start-up and compiling, then a pass.
 
     Two FLOP a parameter and token, at a rate that a small CPU or a GPU reaches on such layers.
     """
     parameters = 2.5e9 if case.model == "bloom" else 0.9e9
-    rate = 1e14 if case.device.startswith("cuda") else 2e11
-    return repeats * (20.0 + 2 * 2 * parameters * case.shape.tokens / rate)
+    start_s, rate = (25.0, 1e14) if case.device.startswith("cuda") else (30.0, 2e11)
+    return repeats * (start_s + 2 * parameters * case.shape.tokens / rate)
 
 
 class Clock:

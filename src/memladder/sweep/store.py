@@ -1,7 +1,8 @@
 """Where records live: a folder such as `log/` (a file a case), or a results file (many in one).
 
 Nothing that was measured is overwritten by something that is not its repetition: a record of
-another environment or layer moves to `previous/`, a file that is not a record to `set_aside/`.
+another environment or layer, or one that a failure would replace, moves to `previous/`, a file that
+is not a record to `set_aside/`.
 """
 
 from __future__ import annotations
@@ -116,7 +117,7 @@ class Store:
         except (RecordError, OSError, UnicodeDecodeError):
             self.set_aside(path)
             return
-        if not repeats(previous, successor) and previous.runs:
+        if previous.runs and not (successor.runs and repeats(previous, successor)):
             digest = hashlib.sha256(dumps(previous).encode()).hexdigest()[:8]
             _move(path, self.folder / "previous" / f"{path.stem}.{digest}.json")
 
