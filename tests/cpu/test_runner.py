@@ -322,12 +322,14 @@ def test_nothing_outlives_the_runner(
 ) -> None:
     pids = tmp_path / "pids"
     program = (
-        "import sys, scripted\n"
+        "import scripted, signal, sys\n"
         "from pathlib import Path\n"
         "from memladder.case import Case, Shape\n"
         "from memladder.frameworks.base import Job\n"
         "from memladder.measure import runner\n"
         "from memladder.models import LayerConfig\n"
+        # What a shell starts in the background ignores it.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "values = dict(script={'weights': 'family_and_hang'}, argument=sys.argv[1])\n"
         "case = Case('llama', 'scripted', Shape(1, 1), 'cpu')\n"
         "folder = Path(sys.argv[1]).parent\n"

@@ -48,12 +48,23 @@ class Sweep:
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
+            # What a shell starts in the background ignores it, and so would all below.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     def run(self, *more: str) -> tuple[int, str, str]:
         process = self.start(*more)
-        out, err = process.communicate(timeout=200)
+        out, err = self.end_of(process, 200)
         return process.returncode, out, err
+
+    def end_of(self, process: subprocess.Popen[str], seconds: float) -> tuple[str, str]:
+        """What it printed; one that does not end in time is killed, so that the next can work."""
+        try:
+            return process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+            raise
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +132,7 @@ def test_ctrl_c_stops_cleanly(sweep: Sweep) -> None:
     assert comes_true(lambda: len(family(process)) >= 2, 60)
     below = family(process)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=10)
+    _, err = sweep.end_of(process, 10)
     assert process.returncode == 130
     assert err.splitlines()[-1] == "memladder: stopped; the same command goes on from here"
     assert "Traceback" not in err
