@@ -15,6 +15,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from memladder import __version__
+from memladder.case import MAX_BATCH_SIZE, MAX_SEQ_LEN
 from memladder.errors import MemladderError, UnavailableError, UsageError
 
 
@@ -75,6 +76,7 @@ StorePath = Annotated[
 _HERE = Path()
 _DEFAULT_TIMEOUT = "1800"
 _INTERRUPTED = 130
+MAX_REPEATS = 100
 
 
 @app.command()
@@ -113,10 +115,16 @@ def measure(
     request = actions.Request(
         models=model,
         frameworks=framework,
-        shapes=f"{_count('batch_size', batch_size)}x{_count('seq_len', seq_len)}",
+        shapes="x".join(
+            str(_count(name, text, limit))
+            for name, text, limit in (
+                ("batch_size", batch_size, MAX_BATCH_SIZE),
+                ("seq_len", seq_len, MAX_SEQ_LEN),
+            )
+        ),
         device=device,
         config=config,
-        repeats=_count("repeats", repeats),
+        repeats=_count("repeats", repeats, MAX_REPEATS),
         timeout_s=_seconds(timeout),
         output_dir=output_dir,
         cache_dir=cache_dir,
@@ -148,7 +156,7 @@ def sweep(
         shapes=shapes,
         device=device,
         config=config,
-        repeats=_count("repeats", repeats),
+        repeats=_count("repeats", repeats, MAX_REPEATS),
         timeout_s=_seconds(timeout),
         output_dir=output_dir,
         cache_dir=cache_dir,
@@ -274,16 +282,12 @@ def _main(
     """How much memory an LLM layer needs under an inference framework, measured."""
 
 
-def _count(name: str, text: str) -> int:
-    """A positive whole number; what else it must satisfy, the case says. Raises UsageError."""
-    try:
-        value = int(text) if len(text) <= 18 else 0
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise UsageError(
-            f"{name} {text[:40]!r} is not a whole number from 1 on, of 18 digits at most"
-        )
+def _count(name: str, text: str, limit: int) -> int:
+    """A whole number from 1 to `limit`. Raises UsageError."""
+    digits = text.strip()
+    value = int(digits) if digits.isascii() and digits.isdecimal() and len(digits) <= 18 else 0
+    if not 1 <= value <= limit:
+        raise UsageError(f"{name} {text[:40]!r} is not a whole number from 1 to {limit}")
     return value
 
 

@@ -66,7 +66,7 @@ def resolve_device(name: str) -> str:
     try:
         devices.device(wanted)
     except DeviceError as error:
-        raise DeviceError(f"device {name!r} can't be used: {error}") from None
+        raise DeviceError(f"device {name!r} can't be used: {error}; cpu always can") from None
     return wanted if wanted == "cpu" else f"cuda:{int(number)}"
 
 
