@@ -7,32 +7,21 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from memladder import frameworks, models
 from memladder.case import Case, Shape
-from memladder.errors import DeviceError
 from memladder.frameworks.base import Job
 from memladder.measure import devices, runner
 from memladder.measure.record import Source, Status
 from memladder.models.cache import default_dir
 from memladder.units import GIB, MIB
+from tests.gpu.conftest import comes_true
 
 ROOT = Path(__file__).parents[2]
 FRAMEWORKS = ("pytorch", "onnxruntime")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def device() -> devices.Device:
-    try:
-        found = devices.device("cuda:0")
-    except DeviceError as error:
-        pytest.skip(str(error))
-    assert found is not None
-    return found
 
 
 def available(name: str) -> frameworks.Framework:
@@ -118,12 +107,3 @@ def test_both_layers_agree_with_the_reference_at_all_shapes(name: str, tmp_path:
     )
     assert [c for c in verification.checks if not c.agrees] == []
     assert len(verification.checks) == 2 * (1 + 1 + 2)
-
-
-def comes_true(holds, seconds: float) -> bool:
-    deadline = time.monotonic() + seconds
-    while not holds():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.05)
-    return True

@@ -4,28 +4,17 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from memladder.case import Case, Shape
-from memladder.errors import DeviceError
 from memladder.frameworks.base import Job
 from memladder.measure import calibration, devices, doctor, environment, runner
 from memladder.measure.record import PHASES, Run, Source
 from memladder.models import LayerConfig
 from memladder.units import MIB
-
-
-@pytest.fixture(scope="module", autouse=True)
-def device() -> devices.Device:
-    try:
-        found = devices.device("cuda:0")
-    except DeviceError as error:
-        pytest.skip(str(error))
-    assert found is not None
-    return found
+from tests.gpu.conftest import comes_true
 
 
 def known_bytes(size: int, folder: Path) -> Run:
@@ -93,12 +82,3 @@ def test_the_machine_and_the_doctor_know_the_gpu(device: devices.Device) -> None
     assert machine.driver
     assert machine.cuda
     assert "cuda:0" in {one.subject for one in doctor.findings()}
-
-
-def comes_true(holds, seconds: float) -> bool:
-    deadline = time.monotonic() + seconds
-    while not holds():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.05)
-    return True
