@@ -73,6 +73,11 @@ class Request:
         )
 
 
+def _console(stderr: bool = False) -> Console:
+    """A console that prints text as it is: `memladder[pytorch]` is no markup."""
+    return Console(stderr=stderr, markup=False, highlight=False)
+
+
 def draw_published(output_dir: Path) -> None:
     """Draw the published figure as `png/` and `pdf/memory_usage_a100.*`."""
     from memladder.report import figure
@@ -171,7 +176,7 @@ def _measure_one(job: Job, options: local.Options, kept: store.Store) -> Record:
     name = job.case.framework
     if name not in frameworks.names():
         return runner.unavailable(job.case, sweep_cases.availability(name, job.case.device))
-    console = Console(stderr=True)
+    console = _console(stderr=True)
     with console.status("starting") as status:
         return runner.measure(
             job,
@@ -203,7 +208,7 @@ def sweep(request: Request) -> int:
     runnable, missing = _split(names, device)
     cases = sweep_cases.select(configs, runnable, shapes, device)
     kept = store.Store(request.log)
-    console = Console(stderr=True)
+    console = _console(stderr=True)
     with kept.locked():
         for folder in ("png", "pdf"):
             writable_folder(request.output_dir / folder)
@@ -235,8 +240,6 @@ def _tell_missing(names: Sequence[str], device: str, console: Console) -> None:
         console.print(
             f"{name} can't run on {device} here: {found.reason}{hint}",
             style="dim",
-            highlight=False,
-            markup=False,
         )
 
 
@@ -245,7 +248,7 @@ def verify(request: Request) -> int:
     device = environment.resolve_device(request.device)
     names = sweep_cases.parse_frameworks(request.frameworks)
     runnable, missing = _split(names, device)
-    console = Console(stderr=True)
+    console = _console(stderr=True)
     _tell_missing(missing, device, console)
     if not runnable:
         raise UsageError(f"none of the frameworks {', '.join(names)} can run on {device} here")
@@ -276,7 +279,7 @@ def verify(request: Request) -> int:
                     f"{check.tolerance:.1e}",
                     "yes" if check.agrees else "NO",
                 )
-    Console().print(table)
+    _console().print(table)
     return 0 if agree else 1
 
 
@@ -294,7 +297,7 @@ def show_frameworks(device: str) -> None:
             found.reason or "",
             found.install or "",
         )
-    Console().print(table)
+    _console().print(table)
 
 
 def show_record(path: Path) -> None:
@@ -304,7 +307,7 @@ def show_record(path: Path) -> None:
     contents = store.read(path)
     if path.is_dir() or len(contents.records) != 1:
         raise UsageError(f"{path} is not one record; `memladder table {path}` prints many")
-    show.print_record(contents.records[0], Console())
+    show.print_record(contents.records[0], _console())
 
 
 def print_table(path: Path, form: str) -> None:
@@ -327,7 +330,7 @@ def doctor() -> int:
     for finding in found:
         style = None if finding.good else "yellow"
         table.add_row(finding.subject, finding.text, finding.fix or "", style=style)
-    Console().print(table)
+    _console().print(table)
     return 0 if all(finding.good for finding in found) else 1
 
 
@@ -350,7 +353,7 @@ def calibrate(device: str, output_dir: Path) -> int:
                 format_bytes(reading.bound_bytes),
                 "yes" if reading.holds else "NO",
             )
-    Console().print(table)
+    _console().print(table)
     return 0 if holds else 1
 
 

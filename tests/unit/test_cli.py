@@ -11,7 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from memladder import actions
 from memladder.files import write_atomic
+from memladder.frameworks.base import Availability
+from memladder.sweep import cases as sweep_cases
 from memladder.sweep.store import Store
 from tests.unit import examples
 
@@ -218,6 +221,17 @@ def test_frameworks_lists_every_system_with_its_reason(tmp_path: Path) -> None:
     for key in ("pytorch", "onnxruntime", "tensorrt", "vllm_fp16_int4", "ladder_int8_int1"):
         assert key in done.stdout
     assert "has no runner for it" in done.stdout
+
+
+def test_install_commands_are_printed_as_they_are(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    install = "pip install 'memladder[pytorch]'"
+    found = Availability(False, reason="it is missing", install=install)
+    monkeypatch.setattr(sweep_cases, "availability", lambda *_: found)
+    actions.show_frameworks("cpu")
+    assert install in capsys.readouterr().out
 
 
 def test_doctor_names_the_compilers_and_the_memory(tmp_path: Path) -> None:

@@ -163,7 +163,7 @@ class SweepView:
                 return text
         return Text("·", style="dim")
 
-    def _bar(self) -> Group:
+    def _bar(self) -> Table:
         now = f"{self._current.id}: {self._doing}" if self._current else self._doing
         line = Text.assemble(
             (f"{self._finished}/{len(self._cases)} cells", "bold"),
@@ -173,4 +173,7 @@ class SweepView:
             overflow="ellipsis",
             no_wrap=True,
         )
-        return Group(ProgressBar(total=len(self._cases), completed=self._finished, width=40), line)
+        grid = Table.grid(padding=(0, 1))
+        bar = ProgressBar(total=len(self._cases), completed=self._finished, width=40)
+        grid.add_row(bar, line)
+        return grid
