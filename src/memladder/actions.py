@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from memladder import frameworks, models
-from memladder.case import Case
+from memladder.case import FIGURE_MODELS, Case
 from memladder.errors import UsageError
 from memladder.files import writable_folder, write_atomic
 from memladder.frameworks.base import Job
@@ -109,11 +109,23 @@ def _draw(
         png,
         pdf,
         device_label=cells.device_label(records),
+        subtitle=_layers(records) if custom else "",
         notes=cells.notes_from(records),
         custom=custom,
     )
     write_atomic(png.with_suffix(".md"), page)
     print(f"{png}\n{pdf}\n{png.with_suffix('.md')}")
+
+
+def _layers(records: Iterable[Record]) -> str:
+    """Which layers were measured, where they are not the figure's."""
+    found = {
+        record.case.model: f"{FIGURE_MODELS.get(record.case.model, record.case.model)} layer of "
+        f"{record.layer.parameters:,} parameters, hidden size {record.layer.config['hidden_size']}"
+        for record in records
+        if record.layer is not None
+    }
+    return "; ".join(found.values())
 
 
 def _custom(records: Iterable[Record]) -> bool:
