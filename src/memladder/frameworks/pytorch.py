@@ -96,6 +96,9 @@ class PyTorch(Framework):
 class _Session(Session):
     def __init__(self, job: Job, announce: Callable[[str], None]) -> None:
         super().__init__(job, announce)
+        # Compiled code goes where all made files go, unless the user has said otherwise.
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(job.cache_dir / "inductor"))
+        os.environ.setdefault("TRITON_CACHE_DIR", str(job.cache_dir / "triton"))
         import torch
 
         from memladder.models import layer
