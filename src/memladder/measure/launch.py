@@ -33,7 +33,6 @@ class GuardedWorker:
         self._closing = threading.Lock()
         self._buffer = b""
         self.output_ended = False
-        self.ended_by_us = False
         try:
             with log.open("ab") as output:
                 self._guard = subprocess.Popen(
