@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from memladder import models
@@ -88,12 +89,8 @@ def job(
 
 
 def children() -> set[int]:
-    """Our own children."""
-    return {
-        int(pid)
-        for thread in Path("/proc/self/task").iterdir()
-        for pid in (thread / "children").read_text().split()
-    }
+    """Our own children. Threads of others may end meanwhile, so /proc is not read by hand."""
+    return {process.pid for process in psutil.Process().children()}
 
 
 def alive(pid: int) -> bool:
