@@ -3,6 +3,7 @@
 MemladderError            one clear line; the command line prints it and exits with status 2
 ├── UsageError            what was asked for is not possible: unknown name, bad number, full disk
 ├── ConfigError           a model's config.json is missing, broken, or of another type
+├── FormatError           a number format is unknown, or values or packed weights do not fit it
 ├── DeviceError           the device asked for is not here
 ├── UnavailableError      a framework can't run here; carries the command that installs it
 ├── LockedError           another memladder works in the same folder
@@ -24,6 +25,10 @@ class UsageError(MemladderError):
 
 class ConfigError(MemladderError):
     """A model configuration can't be used."""
+
+
+class FormatError(MemladderError):
+    """A number format is unknown, or values or packed weights do not fit it."""
 
 
 class DeviceError(MemladderError):

@@ -1,0 +1,64 @@
+"""Running a planned program: every operand is a view that was made beforehand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from memladder.engine.packed_layer import PackedLayer
+from memladder.engine.plan import Plan
+from memladder.engine.program import Program, Rows
+
+
+class Execution:
+    """A program bound to an arena, to a packed layer and to kernels; `run` allocates nothing.
+
+    `arena` is uint8 and at least `plan.nbytes` long.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        plan: Plan,
+        layer: PackedLayer,
+        kernels: ModuleType,
+        arena: Tensor,
+    ) -> None:
+        assert arena.dtype == torch.uint8
+        assert arena.numel() >= plan.nbytes
+        self._arena = arena
+        self._offsets = plan.offsets
+        self._buffers = {buffer.name: buffer for buffer in program.buffers}
+        self._calls: list[Callable[[], None]] = []
+        for step in program.steps:
+            operands = {name: self._view(rows) for name, rows in step.reads.items()}
+            operands |= {name: self._view(rows) for name, rows in step.writes.items()}
+            packed = {
+                name: layer.matrices.get(key, layer.vectors.get(key))
+                for name, key in step.weights.items()
+            }
+            kernel = getattr(kernels, step.kernel)
+            self._calls.append(partial(kernel, **operands, **packed, **step.values))
+        self.input = self._whole(program.input)
+        """Where the hidden states are written before a run: float16 [tokens, hidden_size]."""
+        self.output = self._whole(program.output)
+        """Where they are afterwards."""
+
+    def run(self) -> None:
+        """One pass over what `input` holds."""
+        for call in self._calls:
+            call()
+
+    def _whole(self, name: str) -> Tensor:
+        return self._view(Rows(name, 0, self._buffers[name].rows))
+
+    def _view(self, rows: Rows) -> Tensor:
+        buffer = self._buffers[rows.buffer]
+        row_bytes = buffer.nbytes // buffer.rows
+        start = self._offsets[rows.buffer] + rows.start * row_bytes
+        part = self._arena[start : start + rows.count * row_bytes]
+        return part.view(getattr(torch, buffer.dtype)).view(rows.count, buffer.columns)

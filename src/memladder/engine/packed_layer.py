@@ -1,0 +1,146 @@
+"""A layer packed in a number format, as one safetensors file that says all about itself.
+
+For every matrix `<name>.codes`, `<name>.scales`, `<name>.zeros` as in `kernels.packed`, for every
+norm and bias an fp16 vector, for positions a float32 constant. The metadata holds the format with
+its parameters and the layer's configuration; what the file must contain follows from these two.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from memladder import formats, models
+from memladder.engine import programs
+from memladder.errors import ConfigError, FormatError, UsageError
+from memladder.formats.base import Format
+from memladder.kernels.layout import Layout
+from memladder.kernels.packed import PackedMatrix
+from memladder.models import LayerConfig
+
+# Part of the metadata: a file in another order is another file.
+RECIPE = "1"
+_KEYS = ("memladder_packed", "format", "model", "config")
+
+Table = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+
+
+@dataclass(frozen=True)
+class PackedLayer:
+    """A layer ready to run. `vectors` are norms, biases and the constants of its positions."""
+
+    config: LayerConfig
+    format: Format
+    matrices: dict[str, PackedMatrix]
+    vectors: dict[str, Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of everything."""
+        own = sum(matrix.nbytes for matrix in self.matrices.values())
+        return own + sum(vector.nbytes for vector in self.vectors.values())
+
+
+def metadata(config: LayerConfig, kind: Format) -> dict[str, str]:
+    """What a packed file says about itself."""
+    values = json.dumps(config.values, sort_keys=True)
+    return dict(zip(_KEYS, (RECIPE, str(kind), config.model, values), strict=True))
+
+
+def table(config: LayerConfig, kind: Format) -> Table:
+    """Names, dtypes and shapes of a packed file's tensors, in the order in which they lie there.
+
+    The largest items come first, so that every tensor lies at a multiple of its item's size.
+    """
+    definition = programs.definition(config.model)
+    found: Table = {}
+    for name, matrix in definition.matrices(config.values).items():
+        groups = (kind.groups(matrix.columns), matrix.rows)
+        layout = Layout.of(kind, matrix.rows, matrix.columns)
+        found[f"{name}.codes"] = (torch.uint8, layout.shape)
+        if kind.scale_dtype is not None:
+            found[f"{name}.scales"] = (kind.scale_dtype, groups)
+        if kind.has_zeros:
+            found[f"{name}.zeros"] = (torch.uint8, groups)
+    for name, vector in definition.vectors(config.values).items():
+        found[name] = (torch.float16, (vector.size,))
+    for name, size in definition.constant_sizes(config.values).items():
+        found[name] = (torch.float32, (size,))
+    order = sorted(
+        found, key=lambda name: (-_item(found[name][0], name), name.rpartition(".")[2], name)
+    )
+    return {name: found[name] for name in order}
+
+
+def _item(dtype: torch.dtype, name: str) -> int:
+    # Codes are multiples of 16 bytes.
+    return 16 if name.endswith(".codes") else dtype.itemsize
+
+
+def weight_bytes(config: LayerConfig, kind: Format) -> int:
+    """Bytes of a packed layer: all tensors of its table."""
+    return sum(
+        dtype.itemsize * torch.Size(shape).numel() for dtype, shape in table(config, kind).values()
+    )
+
+
+def load(path: Path) -> PackedLayer:
+    """The packed layer in a file, memory-mapped: nothing is read before it is used.
+
+    Raises FormatError for a file that is damaged, foreign, or of another version.
+    """
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            config, kind = _described(path, file.metadata() or {})
+            wanted = table(config, kind)
+            found = {name: file.get_tensor(name) for name in file.keys() & wanted.keys()}
+            extra = set(file.keys()) - wanted.keys()
+    except FileNotFoundError:
+        raise FormatError(f"{path}: no such file") from None
+    except (OSError, SafetensorError) as error:
+        raise FormatError(f"{path}: not a readable safetensors file: {error}") from None
+    if extra or len(found) != len(wanted):
+        name = min(extra or wanted.keys() - found.keys())
+        raise FormatError(f"{path}: tensor {name} {'is unknown' if extra else 'is missing'}")
+    for name, (dtype, shape) in wanted.items():
+        tensor = found[name]
+        if (tensor.dtype, tuple(tensor.shape)) != (dtype, shape):
+            raise FormatError(
+                f"{path}: tensor {name} is {tensor.dtype} {list(tensor.shape)}, "
+                f"not {dtype} {list(shape)}"
+            )
+    return _assembled(config, kind, found)
+
+
+def _described(path: Path, found: dict[str, str]) -> tuple[LayerConfig, Format]:
+    if set(found) != set(_KEYS):
+        raise FormatError(f"{path}: not a layer packed by memladder")
+    recipe, spec, model, values = (found[key] for key in _KEYS)
+    if recipe != RECIPE:
+        raise FormatError(f"{path}: packed by recipe {recipe[:20]!r}; this version reads {RECIPE}")
+    try:
+        config = LayerConfig(model, models.definition(model).read(json.loads(values)))
+        return config, formats.get(spec)
+    except (ValueError, AttributeError, UsageError, ConfigError, FormatError) as error:
+        raise FormatError(f"{path}: its metadata is damaged: {error}") from None
+
+
+def _assembled(config: LayerConfig, kind: Format, found: dict[str, Tensor]) -> PackedLayer:
+    definition = programs.definition(config.model)
+    matrices = {
+        name: PackedMatrix(
+            kind,
+            Layout.of(kind, matrix.rows, matrix.columns),
+            found[f"{name}.codes"],
+            found.get(f"{name}.scales"),
+            found.get(f"{name}.zeros"),
+        )
+        for name, matrix in definition.matrices(config.values).items()
+    }
+    names = (*definition.vectors(config.values), *definition.constant_sizes(config.values))
+    return PackedLayer(config, kind, matrices, {name: found[name] for name in names})

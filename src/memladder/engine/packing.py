@@ -1,0 +1,218 @@
+"""Quantising a layer into its packed file, block of rows by block of rows.
+
+Neither the source nor the result is ever in memory as a whole: besides one block and its
+temporaries only the scales of one matrix are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from memladder.engine import packed_layer, programs
+from memladder.engine.sources import Matrix, Source
+from memladder.errors import FormatError
+from memladder.formats.base import Format, Quantised
+from memladder.kernels.layout import Layout
+from memladder.kernels.packed import matrix_bytes
+from memladder.models import LayerConfig, cache, weights
+
+Rows = Callable[[str, int, int], Tensor]
+"""Rows start … stop of a tensor of the source, by its name."""
+Progress = Callable[[int, int], None]
+
+# Elements of a block: float32 temporaries of 16 MiB, which the C library keeps for the next one.
+_BLOCK = 1 << 22
+_ALIGNMENT = 4096
+_DTYPES = {torch.uint8: "U8", torch.float16: "F16", torch.float32: "F32"}
+
+
+@dataclass(frozen=True)
+class MatrixReport:
+    """What became of one matrix. `sqnr_db` is 10 log10 Σw² / Σ(w − ŵ)²; infinite when exact."""
+
+    name: str
+    rows: int
+    columns: int
+    nbytes: int
+    bits_per_weight: float
+    sqnr_db: float
+
+
+def ensure(config: LayerConfig, kind: Format, cache_dir: Path, seed: int) -> Path:
+    """The packed file of the layer of `models.weights`, made if it is not there yet.
+
+    Raises CacheError where the folder can't be written.
+    """
+    data = weights.ensure(config, cache_dir, seed)
+    path = data.with_name(file_name(config, kind))
+    if _is_whole(path, config, kind):
+        return path
+    with cache.writing(data.parent):
+        if not _is_whole(path, config, kind):
+            cache.require_space(data.parent, packed_layer.weight_bytes(config, kind))
+            with cache.replacing(path) as part:
+                pack(config, kind, reader(lambda name: (data, name)), part)
+    return path
+
+
+def file_name(config: LayerConfig, kind: Format) -> str:
+    """`packed-int4-….safetensors`; differs whenever what the file says of itself differs."""
+    text = json.dumps(packed_layer.metadata(config, kind), sort_keys=True)
+    key = hashlib.sha256(text.encode()).hexdigest()[:8]
+    return f"packed-{str(kind).partition(':')[0]}-{key}.safetensors"
+
+
+def reader(find: Callable[[str], tuple[Path, str]]) -> Rows:
+    """Rows of safetensors files; `find` gives a tensor's file and its name there.
+
+    A file is opened for each block, so that pages that were read do not stay mapped.
+    """
+
+    def rows(name: str, start: int, stop: int) -> Tensor:
+        path, inner = find(name)
+        with safe_open(path, framework="pt", device="cpu") as file:
+            found: Tensor = file.get_slice(inner)[start:stop]
+        return found
+
+    return rows
+
+
+def pack(
+    config: LayerConfig,
+    kind: Format,
+    rows: Rows,
+    path: Path,
+    *,
+    judge: bool = False,
+    progress: Progress | None = None,
+) -> tuple[MatrixReport, ...]:
+    """Write the packed layer to `path`; with `judge` what each matrix has lost is measured too.
+
+    `progress` is called with parameters done and in all. Raises FormatError, naming the tensor,
+    for values that are not finite or do not fit; `path` is then half-written.
+    """
+    definition = programs.definition(config.model)
+    matrices: dict[str, Matrix] = definition.matrices(config.values)
+    total = sum(matrix.rows * matrix.columns for matrix in matrices.values())
+    done = 0
+    reports = []
+    header, places, size = _header(config, kind)
+    with path.open("wb") as file:
+        file.write(header)
+        file.truncate(size)
+
+        def put(name: str, tensor: Tensor, offset: int = 0) -> None:
+            file.seek(places[name] + offset)
+            file.write(memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()))
+
+        for name, matrix in matrices.items():
+            layout = Layout.of(kind, matrix.rows, matrix.columns)
+            offset = 0
+            scales, signal, noise = [], 0.0, 0.0
+            for values in _blocks(matrix, layout, rows):
+                quantised = _quantised(kind, values, matrix.source.tensor)
+                stored = layout.pack(quantised.codes)
+                put(f"{name}.codes", stored, offset)
+                offset += stored.nbytes
+                scales.append((quantised.scales, quantised.zeros))
+                if judge:
+                    lost = kind.dequantise(quantised).sub_(values)
+                    signal += float(values.float().square().sum(dtype=torch.float64))
+                    noise += float(lost.square_().sum(dtype=torch.float64))
+                done += values.numel()
+                if progress is not None:
+                    progress(done, total)
+            for part, column in (("scales", 0), ("zeros", 1)):
+                if f"{name}.{part}" in places:
+                    put(f"{name}.{part}", torch.cat([pair[column].t() for pair in scales], dim=1))
+            reports.append(_report(name, matrix, kind, signal, noise))
+        for name, vector in definition.vectors(config.values).items():
+            values = _read(rows, vector.source, 0, vector.size)
+            put(name, _quantised_vector(values, vector.source.tensor))
+        for name, constant in definition.constants(config.values).items():
+            put(name, constant)
+        file.flush()
+        os.fsync(file.fileno())
+    return tuple(reports)
+
+
+def _header(config: LayerConfig, kind: Format) -> tuple[bytes, dict[str, int], int]:
+    """The file's beginning, padded so that the data can be mapped; where each tensor begins; the
+    whole file's size."""
+    table: dict[str, object] = {"__metadata__": packed_layer.metadata(config, kind)}
+    starts = {}
+    end = 0
+    for name, (dtype, shape) in packed_layer.table(config, kind).items():
+        starts[name], end = end, end + dtype.itemsize * math.prod(shape)
+        offsets = [starts[name], end]
+        table[name] = {"dtype": _DTYPES[dtype], "shape": list(shape), "data_offsets": offsets}
+    text = json.dumps(table).encode()
+    text = text.ljust(-(-(len(text) + 8) // _ALIGNMENT) * _ALIGNMENT - 8)
+    header = len(text).to_bytes(8, "little") + text
+    return header, {name: len(header) + starts[name] for name in starts}, len(header) + end
+
+
+def _is_whole(path: Path, config: LayerConfig, kind: Format) -> bool:
+    """Is a file of that size and of that header there?"""
+    header, _, size = _header(config, kind)
+    try:
+        with path.open("rb") as file:
+            return os.fstat(file.fileno()).st_size == size and file.read(len(header)) == header
+    except OSError:
+        return False
+
+
+def _blocks(matrix: Matrix, layout: Layout, rows: Rows) -> Iterator[Tensor]:
+    tiles = max(1, _BLOCK // (matrix.columns * layout.tile_rows))
+    step = tiles * layout.tile_rows
+    for start in range(0, matrix.rows, step):
+        values = _read(rows, matrix.source, start, min(start + step, matrix.rows))
+        if values.shape[1:] != (matrix.columns,):
+            raise FormatError(
+                f"{matrix.source.tensor} has rows of shape {list(values.shape[1:])}, "
+                f"not [{matrix.columns}]"
+            )
+        yield values
+
+
+def _read(rows: Rows, source: Source, start: int, stop: int) -> Tensor:
+    parts = [rows(source.tensor, *run) for run in source.runs(start, stop)]
+    values = parts[0] if len(parts) == 1 else torch.cat(parts)
+    if values.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        raise FormatError(f"{source.tensor} is {values.dtype}; float16, bfloat16 or float32 wanted")
+    if values.shape[0] != stop - start:
+        raise FormatError(f"{source.tensor} has too few rows: {stop} are wanted")
+    if not values.isfinite().all():
+        raise FormatError(f"{source.tensor} holds NaN or infinity in rows {start} to {stop - 1}")
+    return values
+
+
+def _quantised(kind: Format, values: Tensor, name: str) -> Quantised:
+    try:
+        return kind.quantise(values)
+    except FormatError as error:
+        raise FormatError(f"{name}: {error}") from None
+
+
+def _quantised_vector(values: Tensor, name: str) -> Tensor:
+    stored = values.to(torch.float16)
+    if not stored.isfinite().all():
+        raise FormatError(f"{name}: a value beyond 65504 does not fit into fp16")
+    return stored
+
+
+def _report(name: str, matrix: Matrix, kind: Format, signal: float, noise: float) -> MatrixReport:
+    nbytes = matrix_bytes(kind, matrix.rows, matrix.columns)
+    bits = 8 * nbytes / (matrix.rows * matrix.columns)
+    sqnr = 10 * math.log10(signal / noise) if noise and signal else math.inf
+    return MatrixReport(name, matrix.rows, matrix.columns, nbytes, bits, sqnr)

@@ -1,0 +1,108 @@
+"""A layer as a list of steps over named buffers.
+
+A buffer is a matrix of rows, a row a token. Steps read and write ranges of rows; what a step needs
+besides (weights, numbers) it names. A program says nothing about addresses: that is `plan`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+# Bytes of an element, by the names that numpy and torch share.
+ITEM_BYTES = {"float16": 2, "float32": 4, "uint8": 1}
+
+Value = int | float | str
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """[rows, columns] of a dtype, the rows one after the other."""
+
+    name: str
+    rows: int
+    columns: int
+    dtype: str = "float16"
+
+    def __post_init__(self) -> None:
+        assert min(self.rows, self.columns) > 0, f"buffer {self.name} is empty"
+
+    @property
+    def nbytes(self) -> int:
+        """Without alignment."""
+        return self.rows * self.columns * ITEM_BYTES[self.dtype]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows start … start + count − 1 of a buffer."""
+
+    buffer: str
+    start: int
+    count: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """One call of a kernel, by its name in `kernels`.
+
+    reads, writes: the kernel's arguments that are rows of buffers. weights: arguments that the
+    packed layer has, by name. values: all others. in_place: pairs (read argument, written
+    argument) that may be the same memory. A written buffer that is read as well (`updates`)
+    keeps what is not written.
+    """
+
+    kernel: str
+    reads: Mapping[str, Rows]
+    writes: Mapping[str, Rows]
+    weights: Mapping[str, str] = field(default_factory=dict)
+    values: Mapping[str, Value] = field(default_factory=dict)
+    in_place: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class Program:
+    """Steps, the buffers that they use, and which of these are input and output.
+
+    The output may be the input's own buffer: the steps then write over the input, and only then.
+    Raises ValueError for a program that reads what was never written, leaves a buffer, or writes
+    into an input that is not the output.
+    """
+
+    buffers: tuple[Buffer, ...]
+    steps: tuple[Step, ...]
+    input: str
+    output: str
+
+    def __post_init__(self) -> None:
+        known = {buffer.name: buffer for buffer in self.buffers}
+        if len(known) != len(self.buffers):
+            raise ValueError("two buffers of one name")
+        written = {self.input}
+        for step in self.steps:
+            for rows in (*step.reads.values(), *step.writes.values()):
+                buffer = known.get(rows.buffer)
+                if buffer is None or rows.start < 0 or rows.start + rows.count > buffer.rows:
+                    raise ValueError(f"{step.kernel}: no such rows: {rows}")
+            for rows in step.reads.values():
+                if rows.buffer not in written:
+                    raise ValueError(f"{step.kernel}: {rows.buffer} is read before it is written")
+            for rows in step.writes.values():
+                if rows.buffer == self.input != self.output:
+                    raise ValueError(f"{step.kernel}: writes into the input {self.input}")
+                written.add(rows.buffer)
+        if self.output not in written:
+            raise ValueError(f"the output {self.output} is never written")
+
+    def lifetimes(self) -> dict[str, tuple[int, int]]:
+        """First and last step that touch each buffer: the input from −1, the output to the end."""
+        found: dict[str, tuple[int, int]] = {self.input: (-1, -1)}
+        for number, step in enumerate(self.steps):
+            for rows in (*step.reads.values(), *step.writes.values()):
+                first, _ = found.get(rows.buffer, (number, number))
+                found[rows.buffer] = (first, number)
+        found[self.output] = (found[self.output][0], len(self.steps))
+        if self.input != self.output:
+            # The caller's: it must outlive the last step as well.
+            found[self.input] = (-1, len(self.steps))
+        return found

@@ -1,0 +1,159 @@
+"""What a number format is: codes of a few bits, scales shared by groups of them, and back.
+
+A matrix [rows, columns] is quantised along its columns, K of a matrix product: a group is
+`group_size` neighbours of one row, or the whole row. Rows are output channels of a weight, or
+tokens of an activation; nothing depends on another row, so that a matrix can be quantised in
+blocks of rows. Where the columns are no multiple of the group, the last group of a row is shorter.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, fields
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from memladder.errors import FormatError
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """A matrix in a format, one code an element, not packed.
+
+    codes [rows, columns]: uint8, or int16 for a format of 16 bits. scales [rows, groups] in the
+    format's `scale_dtype`, None where it has none. zeros uint8 [rows, groups]: zero points.
+    """
+
+    codes: Tensor
+    scales: Tensor | None = None
+    zeros: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Format(ABC):
+    """A number format with its parameters."""
+
+    bits: ClassVar[int]
+    """Bits of a code."""
+    scale_dtype: ClassVar[torch.dtype | None] = None
+    """How a scale is stored; None where there is none. E8M0 is uint8."""
+    source: ClassVar[str]
+    """The paper or specification."""
+    is_weight: ClassVar[bool] = True
+    is_activation: ClassVar[bool] = False
+    is_integer: ClassVar[bool] = False
+    """Whether a row is integers times one scale, so that products add up as integers."""
+    lanes: ClassVar[int] = 2
+    """How many codes a kernel unpacks from a 32-bit word at once (`Layout.lanes`)."""
+
+    def __str__(self) -> str:
+        given = [
+            f"{field.name}={_text(value)}"
+            for field in fields(self)
+            if (value := getattr(self, field.name)) != field.default
+        ]
+        name = type(self).__module__.rpartition(".")[2]
+        return f"{name}:{','.join(given)}" if given else name
+
+    @property
+    def group(self) -> int | None:
+        """Neighbours along a row that share a scale; None for the whole row."""
+        return None
+
+    @property
+    def has_zeros(self) -> bool:
+        """Whether each group has a zero point, one byte."""
+        return False
+
+    @abstractmethod
+    def quantise(self, values: Tensor) -> Quantised:
+        """Nearest codes of a float matrix [rows, columns]; finite values are assumed."""
+
+    @abstractmethod
+    def decode(self, codes: Tensor) -> Tensor:
+        """What the codes stand for before their scale: float32 of the same shape."""
+
+    def integers(self, codes: Tensor) -> Tensor:
+        """The codes as int8, where `is_integer`: what an integer product multiplies."""
+        raise NotImplementedError(f"{self} is no integer format")
+
+    def dequantise(self, matrix: Quantised) -> Tensor:
+        """float32 [rows, columns]."""
+        values = self.decode(matrix.codes)
+        if matrix.scales is None:
+            return values
+        size = self.group or values.shape[1]
+        whole = values.shape[1] // size
+        for start, groups in ((0, whole), (whole, matrix.scales.shape[1] - whole)):
+            part = values[:, start * size : (start + groups) * size]
+            if not part.numel():
+                continue
+            part = part.unflatten(1, (groups, -1))
+            if matrix.zeros is not None:
+                part.sub_(matrix.zeros[:, start : start + groups].float().unsqueeze(-1))
+            scales = self.scale_values(matrix.scales[:, start : start + groups])
+            part.mul_(scales.unsqueeze(-1))
+        return values
+
+    def scale_values(self, scales: Tensor) -> Tensor:
+        """Stored scales as float32."""
+        return scales.float()
+
+    def groups(self, columns: int) -> int:
+        """Scales of one row."""
+        if self.scale_dtype is None:
+            return 0
+        return 1 if self.group is None else -(-columns // self.group)
+
+    def row_bytes(self, columns: int) -> int:
+        """Bytes of one row, its scales included, without a layout's padding."""
+        scale = self.scale_dtype.itemsize if self.scale_dtype else 0
+        return -(-self.bits * columns // 8) + self.groups(columns) * (scale + self.has_zeros)
+
+    def bits_per_weight(self, columns: int) -> float:
+        """Bits of an element of a row, its share of the scales included."""
+        return 8 * self.row_bytes(columns) / columns
+
+
+def grouped(values: Tensor, size: int) -> Tensor:
+    """float32 [rows, groups, size]; a last group that is shorter is filled with zeros."""
+    rows, columns = values.shape
+    values = functional.pad(values.float(), (0, -columns % size))
+    return values.view(rows, -1, size)
+
+
+def ungrouped(values: Tensor, columns: int) -> Tensor:
+    """[rows, groups, size] back to [rows, columns]."""
+    return values.flatten(1)[:, :columns]
+
+
+def lookup(numbers: Tensor, codes: Tensor) -> Tensor:
+    """numbers[codes], in the memory order of the codes, [rows, columns]."""
+    if not codes.is_contiguous():
+        return lookup(numbers, codes.t().contiguous()).t()
+    return numbers.index_select(0, codes.view(-1).int()).view(codes.shape)
+
+
+def absmax(values: Tensor) -> Tensor:
+    """Largest magnitude along the last axis, which is kept: NaN where there is one."""
+    low, high = torch.aminmax(values, dim=-1, keepdim=True)
+    return torch.maximum(high, -low)
+
+
+def choose(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Raise FormatError unless `value` is allowed."""
+    if value not in allowed:
+        raise FormatError(f"{name} {value[:40]!r} is not one of {', '.join(allowed)}")
+
+
+def require_group(size: int) -> None:
+    """Raise FormatError unless a group can have that size: kernels read 16 bytes at once."""
+    if not 32 <= size <= 1024 or size & (size - 1):
+        raise FormatError(f"group_size {size} is not a power of two from 32 to 1024")
+
+
+def _text(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

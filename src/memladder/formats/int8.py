@@ -1,0 +1,44 @@
+"""int8 with one float32 scale a row: an activation's per-token absmax quantisation.
+
+Source: Wang et al. 2023, "BitNet" (arXiv:2310.11453), section 2.2: x · 127 / absmax, rounded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from memladder.formats.base import Format, Quantised, absmax
+
+
+@dataclass(frozen=True)
+class Int8(Format):
+    """Codes are two's complement, −127 to 127."""
+
+    bits = 8
+    scale_dtype = torch.float32
+    source = "arXiv:2310.11453, section 2.2"
+    is_activation = True
+    is_integer = True
+    lanes = 4
+
+    def quantise(self, values: Tensor) -> Quantised:
+        """Nearest, ties to even. A row of zeros has scale 1."""
+        values = values.float()
+        most = absmax(values)
+        scales = torch.where(most == 0, 1.0, most / 127)
+        codes = torch.round(values / scales).clamp_(-127, 127).to(torch.int8)
+        return Quantised(codes.view(torch.uint8), scales)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """−127 to 127."""
+        return self.integers(codes).float()
+
+    def integers(self, codes: Tensor) -> Tensor:
+        """−127 to 127."""
+        return codes.view(torch.int8)
+
+
+FORMAT = Int8

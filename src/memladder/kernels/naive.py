@@ -1,0 +1,249 @@
+"""The plain PyTorch twin of every kernel: float32 inside, tile by tile, written to be checked.
+
+All activations are matrices [rows, columns], a row a token, float16 or codes of a format. An output
+may be the same memory as the operand that its docstring names. Besides their arguments the kernels
+need a few tiles of `_TILE` elements, never more than 64 MiB, whatever the shapes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from memladder import formats
+from memladder.formats.base import Quantised
+from memladder.kernels.packed import PackedMatrix
+
+# float32: 4 MiB. A kernel holds up to about ten of them.
+_TILE = 1 << 20
+_ROWS = 512
+_WEIGHT_ROWS = 512
+_WEIGHT_COLUMNS = 4096
+_KEYS = 512
+
+ACTIVATIONS = {
+    "": lambda x: x,
+    "silu": lambda x: functional.silu(x, inplace=True),
+    "gelu": functional.gelu,
+    "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
+    "relu": lambda x: x.relu_(),
+}
+
+
+def rms_norm(x: Tensor, weight: Tensor, out: Tensor, *, eps: float) -> None:
+    """out = x / √(mean(x²) + eps) · weight, row by row (Zhang and Sennrich 2019).
+
+    x, out [rows, columns], may be the same; weight [columns].
+    """
+    for part in _row_blocks(x):
+        values = x[part].float()
+        values *= torch.rsqrt(values.square().mean(dim=1, keepdim=True) + eps)
+        out[part] = values.mul_(weight.float())
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor, *, eps: float) -> None:
+    """out = (x − mean(x)) / √(var(x) + eps) · weight + bias, row by row (Ba et al. 2016).
+
+    x, out [rows, columns], may be the same; weight, bias [columns].
+    """
+    for part in _row_blocks(x):
+        values = x[part].float()
+        values -= values.mean(dim=1, keepdim=True)
+        values *= torch.rsqrt(values.square().mean(dim=1, keepdim=True) + eps)
+        out[part] = values.mul_(weight.float()).add_(bias.float())
+
+
+def quantise(x: Tensor, codes: Tensor, scales: Tensor, *, format: str) -> None:  # noqa: A002
+    """The rows of x [rows, columns] in an activation format: codes uint8 [rows, columns], scales
+    [rows, groups]."""
+    kind = formats.get(format)
+    for part in _row_blocks(x):
+        found = kind.quantise(x[part])
+        assert found.scales is not None
+        codes[part] = found.codes
+        scales[part] = found.scales
+
+
+def rotary(
+    x: Tensor, frequencies: Tensor, out: Tensor, *, head_dim: int, start: int, seq_len: int
+) -> None:
+    """Rotate every head by its token's position (Su et al. 2021, in the order of halves: element i
+    is paired with i + head_dim / 2).
+
+    x, out [rows, heads · head_dim], may be the same; frequencies float32 [head_dim / 2], radians a
+    position. Row i has position (start + i) mod seq_len.
+    """
+    for part in _row_blocks(x):
+        positions = torch.arange(part.start, part.stop).add_(start).remainder_(seq_len)
+        heads = x[part].float().unflatten(1, (-1, head_dim))
+        out[part] = _rotated(heads, positions, frequencies).flatten(1)
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    *,
+    sequences: int,
+    heads: int,
+    kv_heads: int,
+    frequencies: Tensor | None = None,
+    slopes: Tensor | None = None,
+) -> None:
+    """Causal softmax(q · kᵀ / √d) · v; the scores exist for one tile at a time.
+
+    query, out [sequences · queries, heads · d], may be the same; key, value [sequences · keys,
+    kv_heads · d]. The queries are the last of the keys' tokens: query i of a sequence sees the keys
+    up to keys − queries + i. Head h reads key and value head h · kv_heads / heads. With
+    `frequencies` queries are rotated on the way in (`rotary`; keys were when they were made); with
+    `slopes` float32 [heads] ALiBi is added. Online softmax: Milakov and Gimelshein 2018.
+    """
+    d = query.shape[1] // heads
+    group = heads // kv_heads
+    keys = key.shape[0] // sequences
+    queries = query.shape[0] // sequences
+    # [sequences, kv_heads, group, queries, d] and [sequences, kv_heads, keys, d]
+    q, o = (x.view(sequences, queries, kv_heads, group, d).permute(0, 2, 3, 1, 4)
+            for x in (query, out))  # fmt: skip
+    k, v = (x.view(sequences, keys, kv_heads, d).transpose(1, 2) for x in (key, value))
+    rows = min(queries, _ROWS)
+    heads_at_once = max(1, _TILE // (group * rows * min(keys, _KEYS)))
+    sequences_at_once = max(1, heads_at_once // kv_heads)
+    for s in _blocks(sequences, sequences_at_once):
+        for h in _blocks(kv_heads, heads_at_once):
+            slope = None if slopes is None else slopes.view(kv_heads, group, 1, 1)[h]
+            for r in _blocks(queries, rows):
+                tile = q[s, h, :, r].float()
+                positions = torch.arange(r.start, r.stop) + keys - queries
+                if frequencies is not None:
+                    tile = _rotated(tile.transpose(-2, -3), positions, frequencies)
+                    tile = tile.transpose(-2, -3)
+                tile = tile.mul_(d**-0.5)
+                o[s, h, :, r] = _attended(tile, k[s, h], v[s, h], positions, slope)
+
+
+def matmul(
+    x: Tensor,
+    weight: PackedMatrix,
+    out: Tensor,
+    *,
+    bias: Tensor | None = None,
+    scales: Tensor | None = None,
+    format: str = "fp16",  # noqa: A002
+    activation: str = "",
+    factor: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> None:
+    """out = activation(x · Wᵀ + bias) · factor + residual.
+
+    x [rows, K]: float16, or with `scales` the codes of `format`, from `quantise`. weight [N, K].
+    bias [N]; factor, residual, out float16 [rows, N]: out may be factor or residual. Where both
+    operands are integers (`Format.is_integer`) products are summed as int32, exactly.
+    """
+    kind = formats.get(format)
+    integers = scales is not None and kind.is_integer and weight.format.is_integer
+    for m in _blocks(x.shape[0], _ROWS):
+        for n in _blocks(weight.rows, _TILE // _ROWS):
+            if integers:
+                assert scales is not None
+                sums = _integer_sums(kind.integers(x[m]), weight, n)
+                sums *= scales[m].float()
+            else:
+                sums = torch.zeros(m.stop - m.start, n.stop - n.start)
+                for c in _blocks(weight.columns, _WEIGHT_COLUMNS):
+                    operand = _operand(x[m, c], None if scales is None else scales[m], c, kind)
+                    for w in _weight_blocks(weight, n):
+                        part = sums[:, w.start - n.start : w.stop - n.start]
+                        part.addmm_(operand, _weights(weight, w, c).t())
+            if bias is not None:
+                sums += bias[n].float()
+            sums = ACTIVATIONS[activation](sums)
+            if factor is not None:
+                sums *= factor[m, n].float()
+            if residual is not None:
+                sums += residual[m, n].float()
+            out[m, n] = sums
+
+
+def _integer_sums(x: Tensor, weight: PackedMatrix, n: slice) -> Tensor:
+    """Exact sums of products, times the weight's scales: float32 [rows, n]."""
+    assert weight.scales is not None
+    sums = torch.zeros(x.shape[0], n.stop - n.start, dtype=torch.int32)
+    for c in _blocks(weight.columns, _WEIGHT_COLUMNS):
+        operand = x[:, c].contiguous()
+        for w in _weight_blocks(weight, n):
+            codes = weight.format.integers(_tiles(weight, w, c).codes)
+            sums[:, w.start - n.start : w.stop - n.start] += torch._int_mm(operand, codes.t())
+    # Below 2²⁴ as long as K is below 132,104: float32 holds them exactly.
+    return sums.float().mul_(weight.format.scale_values(weight.scales[0, n]))
+
+
+def _operand(x: Tensor, scales: Tensor | None, c: slice, kind: formats.Format) -> Tensor:
+    """Columns c of an activation as float32, from float16 or from codes with their rows' scales."""
+    if scales is None:
+        return x.float()
+    if kind.group is not None:
+        scales = scales[:, c.start // kind.group : -(-c.stop // kind.group)]
+    return kind.dequantise(Quantised(x, scales))
+
+
+def _weights(weight: PackedMatrix, rows: slice, columns: slice) -> Tensor:
+    return weight.format.dequantise(_tiles(weight, rows, columns))
+
+
+def _tiles(weight: PackedMatrix, rows: slice, columns: slice) -> Quantised:
+    """Rows and columns that begin with a tile, and end with one or with the matrix."""
+    layout = weight.layout
+    row, column = rows.start // layout.tile_rows, columns.start // layout.tile_columns
+    row_tiles = -(-rows.stop // layout.tile_rows) - row
+    return weight.tiles(row, row_tiles, column, -(-columns.stop // layout.tile_columns) - column)
+
+
+def _attended(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, slope: Tensor | None) -> Tensor:
+    """One tile of queries [sequences, heads, group, rows, d] over all keys that it may see."""
+    *outer, group, rows, d = q.shape
+    q = q.reshape(*outer, group * rows, d)
+    most = torch.full((*outer, group, rows, 1), -torch.inf)
+    total = torch.zeros_like(most)
+    sums = torch.zeros(*outer, group, rows, d)
+    for c in _blocks(int(positions[-1]) + 1, _KEYS):
+        distance = torch.arange(c.start, c.stop) - positions.unsqueeze(1)
+        scores = (q @ k[..., c, :].float().transpose(-1, -2)).view(*outer, group, rows, -1)
+        if slope is not None:
+            scores += slope * distance
+        if c.stop > int(positions[0]) + 1:
+            scores.masked_fill_(distance > 0, -torch.inf)
+        new = torch.maximum(most, scores.amax(dim=-1, keepdim=True))
+        scores = scores.sub_(new).exp_()
+        old = (most - new).exp_()
+        total = total.mul_(old).add_(scores.sum(dim=-1, keepdim=True))
+        scores = scores.view(*outer, group * rows, -1)
+        sums = sums.mul_(old).add_((scores @ v[..., c, :].float()).view_as(sums))
+        most = new
+    return sums.div_(total)
+
+
+def _rotated(x: Tensor, positions: Tensor, frequencies: Tensor) -> Tensor:
+    """x float32 [..., rows, heads, d], rotated."""
+    angles = positions.float().outer(frequencies).unsqueeze(-2)
+    cos, sin = angles.cos(), angles.sin()
+    low, high = x.chunk(2, dim=-1)
+    return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1)
+
+
+def _blocks(size: int, step: int) -> Iterator[slice]:
+    for start in range(0, size, step):
+        yield slice(start, min(start + step, size))
+
+
+def _row_blocks(x: Tensor) -> Iterator[slice]:
+    return _blocks(x.shape[0], max(1, _TILE // x.shape[1]))
+
+
+def _weight_blocks(weight: PackedMatrix, n: slice) -> Iterator[slice]:
+    for start in range(n.start, n.stop, _WEIGHT_ROWS):
+        yield slice(start, min(start + _WEIGHT_ROWS, n.stop))
