@@ -5,27 +5,35 @@ stdout carries results only; progress, warnings and hints go to stderr.
 
 from __future__ import annotations
 
+import json
+import math
+import os
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
 from memladder import frameworks, models
 from memladder.case import FIGURE_MODELS, Case
-from memladder.errors import UsageError
+from memladder.errors import FormatError, UnavailableError, UsageError
 from memladder.files import writable_folder, write_atomic
 from memladder.frameworks.base import Job
 from memladder.measure import environment, runner
 from memladder.measure.record import Record, Status, Verification
-from memladder.models import LayerConfig
+from memladder.models import LayerConfig, cache
 from memladder.models.cache import default_dir
 from memladder.sweep import cases as sweep_cases
 from memladder.sweep import local, store
 from memladder.units import format_bytes, mib
+
+if TYPE_CHECKING:
+    from memladder.engine.packing import MatrixReport, Progress
 
 # Ended as the protocol foresees; anything else is a failure of the run.
 _GOOD = (Status.MEASURED, Status.OOM)
@@ -266,7 +274,9 @@ def verify(request: Request) -> int:
         raise UsageError(f"none of the frameworks {', '.join(names)} can run on {device} here")
     options = request.options()
     kept = store.Store(request.log)
-    table = Table("framework", "model", "shape", "tokens", "error", "tolerance", "agrees")
+    table = Table(
+        *("framework", "model", "shape", "tokens", "error", "tolerance", "agrees", "SQNR, dB")
+    )
     agree = True
     with kept.locked():
         for name in runnable:
@@ -290,6 +300,7 @@ def verify(request: Request) -> int:
                     f"{check.error:.2e}",
                     f"{check.tolerance:.1e}",
                     "yes" if check.agrees else "NO",
+                    "" if check.sqnr_db is None else f"{check.sqnr_db:.1f}",
                 )
     _console().print(table)
     return 0 if agree else 1
@@ -333,6 +344,17 @@ def print_table(path: Path, form: str) -> None:
     print(writers[form](table.rows(records, custom=_custom(records))), end="")
 
 
+def show_floor(path: Path) -> int:
+    """Print the engine's measured cells against their floor; 1 when one is beyond its bound."""
+    from memladder.report import floor
+
+    rows = floor.rows(_read_store(path).records)
+    if not rows:
+        raise UsageError(f"{path} holds no cell of ladder that was measured on a CPU")
+    print(floor.to_markdown(rows), end="")
+    return 0 if all(row.holds for row in rows) else 1
+
+
 def doctor() -> int:
     """Print what this machine has and what to fix; 1 when something needs fixing."""
     from memladder.measure.doctor import findings
@@ -374,3 +396,125 @@ def _read_store(path: Path) -> store.Contents:
     for name, reason in contents.foreign.items():
         print(f"warning: {name} is not a record of memladder ({reason}); left out", file=sys.stderr)
     return contents
+
+
+def quantize(folder: Path, number: int, text: str, out: Path) -> None:
+    """Pack a checkpoint's layer in a format; print, and keep, what each matrix takes and loses."""
+    # transformers has more to say about positions than the one line of an error.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        from memladder import formats
+        from memladder.engine import checkpoint, packed_layer, packing
+    except ModuleNotFoundError as error:
+        raise UnavailableError(
+            f"quantize needs {error.name}", "pip install 'memladder[layers]'"
+        ) from None
+
+    kind = formats.get(text)
+    if not kind.is_weight:
+        raise FormatError(f"format {kind} is for activations, not for weights")
+    layer = checkpoint.open_layer(folder, number)
+    config = layer.config
+    key = str(kind).partition(":")[0]
+    path = out / f"{config.model}-layer{number}-{key}.safetensors"
+    summary = path.with_suffix(".json")
+    writable_folder(out)
+    for name in (path, summary):
+        _refuse_existing(name)
+    needed = packed_layer.weight_bytes(config, kind)
+    cache.require_space(out, needed, "folder", "choose an --out on a larger disk")
+    try:
+        with _new_file(path) as part, _progress(f"{config.model} layer {number}") as progress:
+            reports = packing.pack(config, kind, layer.rows(), part, judge=True, progress=progress)
+    except OSError as error:
+        raise UsageError(f"cannot write {path}: {error.strerror or error}") from None
+    signal, noise = sum(x.signal for x in reports), sum(x.noise for x in reports)
+    parameters = models.parameters(config)
+    found = {
+        "model": config.model,
+        "layer": number,
+        "format": str(kind),
+        "file": path.name,
+        "file_bytes": path.stat().st_size,
+        "parameters": parameters,
+        "matrices": [_matrix(report) for report in reports],
+        # Norms, biases and positions, which are kept as they are.
+        "vectors": {"bytes": needed - sum(report.nbytes for report in reports)},
+        "total": {
+            "bytes": needed,
+            "bits_per_weight": 8 * needed / parameters,
+            "sqnr_db": _finite(packing.decibels(signal, noise)),
+        },
+    }
+    try:
+        write_atomic(summary, json.dumps(found, indent=1, allow_nan=False) + "\n")
+    except BaseException:
+        path.unlink()
+        raise
+    _console().print(_quantised_table(found))
+    print(f"{path}\n{summary}")
+
+
+def _matrix(report: MatrixReport) -> dict[str, Any]:
+    return {
+        "name": report.name,
+        "rows": report.rows,
+        "columns": report.columns,
+        "bytes": report.nbytes,
+        "bits_per_weight": report.bits_per_weight,
+        "sqnr_db": _finite(report.sqnr_db),
+    }
+
+
+def _finite(number: float) -> float | None:
+    """JSON has no infinity: what lost nothing has None."""
+    return number if math.isfinite(number) else None
+
+
+def _quantised_table(found: Mapping[str, Any]) -> Table:
+    table = Table("matrix", "shape")
+    for title in ("MiB", "bits/weight", "SQNR dB"):
+        table.add_column(title, justify="right")
+
+    def add(name: str, shape: str, row: Mapping[str, Any]) -> None:
+        sqnr = "exact" if row["sqnr_db"] is None else f"{row['sqnr_db']:.2f}"
+        table.add_row(name, shape, _mib(row), f"{row['bits_per_weight']:.3f}", sqnr)
+
+    for row in found["matrices"]:
+        add(row["name"], f"{row['rows']} × {row['columns']}", row)
+    table.add_row("vectors", "", _mib(found["vectors"]), end_section=True)
+    add("total", "", found["total"])
+    return table
+
+
+def _mib(row: Mapping[str, Any]) -> str:
+    return f"{mib(row['bytes']):,.3f}"
+
+
+def _refuse_existing(path: Path) -> None:
+    if path.exists():
+        raise UsageError(f"{path} is there already; remove it, or choose another --out")
+
+
+@contextmanager
+def _new_file(path: Path) -> Iterator[Path]:
+    """A name to write to; it becomes `path` when all went well, and is removed otherwise."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield part
+        # Another process may have been quicker.
+        _refuse_existing(path)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[Progress]:
+    """A bar with the time that is left, where stderr is a terminal; it goes away afterwards."""
+    from rich.progress import Progress as Bar
+
+    console = _console(stderr=True)
+    with Bar(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

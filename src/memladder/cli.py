@@ -77,6 +77,7 @@ _HERE = Path()
 _DEFAULT_TIMEOUT = "1800"
 _INTERRUPTED = 130
 MAX_REPEATS = 100
+MAX_LAYER = (1 << 20) - 1
 
 
 @app.command()
@@ -252,6 +253,39 @@ def table(
 
 
 @app.command()
+def floor(store: StorePath) -> None:
+    """Hold the engine's cells in STORE against the least they could take."""
+    from memladder import actions
+
+    raise typer.Exit(actions.show_floor(store))
+
+
+@app.command()
+def quantize(
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(metavar="CHECKPOINT", help="A folder with config.json and safetensors."),
+    ],
+    out: Annotated[
+        Path, typer.Option("--out", metavar="DIR", help="Where the packed file is written.")
+    ],
+    layer: Annotated[str, typer.Option(metavar="N", help="Which decoder layer, from 0.")] = "0",
+    form: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            metavar="FORMAT",
+            help="int4, nf4, mxfp4, … and parameters: int4:group_size=64.",
+        ),
+    ] = "int4",
+) -> None:
+    """Pack a layer of a local checkpoint in a number format."""
+    from memladder import actions
+
+    actions.quantize(checkpoint, _count("layer", layer, MAX_LAYER, least=0), form, out)
+
+
+@app.command()
 def doctor() -> None:
     """What this machine has, who uses its GPUs, what to fix."""
     from memladder import actions
@@ -282,12 +316,12 @@ def _main(
     """How much memory an LLM layer needs under an inference framework, measured."""
 
 
-def _count(name: str, text: str, limit: int) -> int:
-    """A whole number from 1 to `limit`. Raises UsageError."""
+def _count(name: str, text: str, limit: int, least: int = 1) -> int:
+    """A whole number from `least` to `limit`. Raises UsageError."""
     digits = text.strip()
-    value = int(digits) if digits.isascii() and digits.isdecimal() and len(digits) <= 18 else 0
-    if not 1 <= value <= limit:
-        raise UsageError(f"{name} {text[:40]!r} is not a whole number from 1 to {limit}")
+    value = int(digits) if digits.isascii() and digits.isdecimal() and len(digits) <= 18 else -1
+    if not least <= value <= limit:
+        raise UsageError(f"{name} {text[:40]!r} is not a whole number from {least} to {limit}")
     return value
 
 

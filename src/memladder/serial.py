@@ -1,4 +1,5 @@
 """Frozen dataclasses to JSON and back, strictly: an unknown, missing or mistyped field is an error.
+Only a field whose default is None may be missing: it is younger than some files.
 
 JSON is read by nothing but this, so that a foreign or damaged file can never become a number.
 """
@@ -88,11 +89,17 @@ def _read_tuple(kinds: tuple[Any, ...], data: Any, where: str) -> tuple[Any, ...
 def _read_dataclass(kind: Any, data: Any, where: str) -> Any:
     _expect(isinstance(data, dict), data, "an object", where)
     names = {f.name for f in dataclasses.fields(kind)}
-    if names != set(data):
-        missing, unknown = sorted(names - set(data)), sorted(set(data) - names)
+    needed = {f.name for f in dataclasses.fields(kind) if not _may_lack(f)}
+    missing, unknown = sorted(needed - set(data)), sorted(set(data) - names)
+    if missing or unknown:
         raise ValueError(f"{where}: missing fields {missing}, unknown fields {unknown}")
     hints = _hints(kind)
     return kind(**{name: _read(hints[name], data[name], f"{where}.{name}") for name in data})
+
+
+def _may_lack(field: dataclasses.Field[Any]) -> bool:
+    """A field that may be None by default came later than files that lack it."""
+    return field.default is None
 
 
 def _expect(holds: bool, data: Any, wanted: str, where: str) -> None:

@@ -13,6 +13,7 @@ from memladder.case import Case, Shape
 from memladder.errors import UsageError
 from memladder.frameworks import onnxruntime, pytorch
 from memladder.frameworks.base import OutOfMemoryError
+from memladder.frameworks.torch_memory import memory_errors
 from memladder.units import GIB, MIB
 
 
@@ -97,22 +98,22 @@ ORT_CUDA = "CUDA failure 2: out of memory ; GPU=0 ; expr=cudaMalloc((void**)&p, 
 
 
 @pytest.mark.parametrize(
-    ("module", "text", "asked"),
+    ("errors", "text", "asked"),
     [
-        (pytorch, TORCH_CUDA, 2 * GIB),
-        (pytorch, TORCH_CUDA.replace("2.00 GiB", "512.00 MiB"), 512 * MIB),
-        (pytorch, TORCH_CPU, 8 * GIB),
-        (pytorch, "CUDA error: out of memory", None),
-        (onnxruntime, ORT_ARENA, 7 * GIB),
-        (onnxruntime, ORT_CUDA, None),
-        (onnxruntime, "std::bad_alloc", None),
+        (memory_errors, TORCH_CUDA, 2 * GIB),
+        (memory_errors, TORCH_CUDA.replace("2.00 GiB", "512.00 MiB"), 512 * MIB),
+        (memory_errors, TORCH_CPU, 8 * GIB),
+        (memory_errors, "CUDA error: out of memory", None),
+        (onnxruntime._memory_errors, ORT_ARENA, 7 * GIB),
+        (onnxruntime._memory_errors, ORT_CUDA, None),
+        (onnxruntime._memory_errors, "std::bad_alloc", None),
     ],
 )
-def test_failed_allocations_are_told_from_failures(module, text: str, asked: int | None) -> None:
-    with pytest.raises(OutOfMemoryError) as caught, module._memory_errors():
+def test_failed_allocations_are_told_from_failures(errors, text: str, asked: int | None) -> None:
+    with pytest.raises(OutOfMemoryError) as caught, errors():
         raise RuntimeError(text)
     assert caught.value.asked_bytes == asked
-    with pytest.raises(RuntimeError, match="shapes disagree"), module._memory_errors():
+    with pytest.raises(RuntimeError, match="shapes disagree"), errors():
         raise RuntimeError("shapes disagree")
-    with pytest.raises(OutOfMemoryError), module._memory_errors():
+    with pytest.raises(OutOfMemoryError), errors():
         raise MemoryError

@@ -38,7 +38,7 @@ class Execution:
             operands = {name: self._view(rows) for name, rows in step.reads.items()}
             operands |= {name: self._view(rows) for name, rows in step.writes.items()}
             packed = {
-                name: layer.matrices.get(key, layer.vectors.get(key))
+                name: layer.matrices[key] if key in layer.matrices else layer.vectors[key]
                 for name, key in step.weights.items()
             }
             kernel = getattr(kernels, step.kernel)

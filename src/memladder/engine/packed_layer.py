@@ -8,8 +8,11 @@ its parameters and the layer's configuration; what the file must contain follows
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -94,19 +97,16 @@ def load(path: Path) -> PackedLayer:
 
     Raises FormatError for a file that is damaged, foreign, or of another version.
     """
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            config, kind = _described(path, file.metadata() or {})
-            wanted = table(config, kind)
-            found = {name: file.get_tensor(name) for name in file.keys() & wanted.keys()}
-            extra = set(file.keys()) - wanted.keys()
-    except FileNotFoundError:
-        raise FormatError(f"{path}: no such file") from None
-    except (OSError, SafetensorError) as error:
-        raise FormatError(f"{path}: not a readable safetensors file: {error}") from None
-    if extra or len(found) != len(wanted):
-        name = min(extra or wanted.keys() - found.keys())
-        raise FormatError(f"{path}: tensor {name} {'is unknown' if extra else 'is missing'}")
+    with opened(path) as file:
+        config, kind = _described(path, file.metadata() or {})
+        wanted = table(config, kind)
+        names = set(file.keys())
+        if names != wanted.keys():
+            extra = names - wanted.keys()
+            # A name from a foreign file may be long, and may hold line breaks.
+            name = repr(min(extra or wanted.keys() - names))[:80]
+            raise FormatError(f"{path}: tensor {name} {'is unknown' if extra else 'is missing'}")
+        found = {name: file.get_tensor(name) for name in names}
     for name, (dtype, shape) in wanted.items():
         tensor = found[name]
         if (tensor.dtype, tuple(tensor.shape)) != (dtype, shape):
@@ -115,6 +115,22 @@ def load(path: Path) -> PackedLayer:
                 f"not {dtype} {list(shape)}"
             )
     return _assembled(config, kind, found)
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """A safetensors file, to be read. Raises FormatError, one line, where it can't be."""
+    try:
+        # Opening a pipe would wait for its other end.
+        if path.exists() and not path.is_file():
+            raise FormatError(f"{path}: not a file")
+        with safe_open(path, framework="pt", device="cpu") as file:
+            yield file
+    except FileNotFoundError:
+        raise FormatError(f"{path}: no such file") from None
+    except (OSError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise FormatError(f"{path}: not a readable safetensors file: {reason}") from None
 
 
 def _described(path: Path, found: dict[str, str]) -> tuple[LayerConfig, Format]:
@@ -126,7 +142,10 @@ def _described(path: Path, found: dict[str, str]) -> tuple[LayerConfig, Format]:
     try:
         config = LayerConfig(model, models.definition(model).read(json.loads(values)))
         return config, formats.get(spec)
-    except (ValueError, AttributeError, UsageError, ConfigError, FormatError) as error:
+    except (
+        *(ValueError, AttributeError, RecursionError),
+        *(UsageError, ConfigError, FormatError),
+    ) as error:
         raise FormatError(f"{path}: its metadata is damaged: {error}") from None
 
 

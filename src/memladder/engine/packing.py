@@ -15,12 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from memladder.engine import packed_layer, programs
 from memladder.engine.sources import Matrix, Source
-from memladder.errors import FormatError
+from memladder.errors import FormatError, MemladderError
 from memladder.formats.base import Format, Quantised
 from memladder.kernels.layout import Layout
 from memladder.kernels.packed import matrix_bytes
@@ -30,22 +29,42 @@ Rows = Callable[[str, int, int], Tensor]
 """Rows start … stop of a tensor of the source, by its name."""
 Progress = Callable[[int, int], None]
 
-# Elements of a block: float32 temporaries of 16 MiB, which the C library keeps for the next one.
-_BLOCK = 1 << 22
+# Elements of a block: float32 temporaries of 4 MiB, some twenty of them, which the C library keeps
+# for the next one. Larger ones are no faster. A block has a tile's rows at least.
+_BLOCK = 1 << 20
 _ALIGNMENT = 4096
 _DTYPES = {torch.uint8: "U8", torch.float16: "F16", torch.float32: "F32"}
 
 
 @dataclass(frozen=True)
 class MatrixReport:
-    """What became of one matrix. `sqnr_db` is 10 log10 Σw² / Σ(w − ŵ)²; infinite when exact."""
+    """What became of one matrix. `signal` is Σw², `noise` Σ(w − ŵ)²; zero unless judged."""
 
     name: str
     rows: int
     columns: int
     nbytes: int
-    bits_per_weight: float
-    sqnr_db: float
+    signal: float
+    noise: float
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Its scales and its layout's padding included."""
+        return 8 * self.nbytes / (self.rows * self.columns)
+
+    @property
+    def sqnr_db(self) -> float:
+        """Signal to quantisation noise."""
+        return decibels(self.signal, self.noise)
+
+
+def decibels(signal: float, noise: float) -> float:
+    """10 log10 signal / noise; infinite without noise.
+
+    >>> decibels(1000.0, 1.0)
+    30.0
+    """
+    return 10 * math.log10(signal / noise) if noise else math.inf
 
 
 def ensure(config: LayerConfig, kind: Format, cache_dir: Path, seed: int) -> Path:
@@ -80,7 +99,7 @@ def reader(find: Callable[[str], tuple[Path, str]]) -> Rows:
 
     def rows(name: str, start: int, stop: int) -> Tensor:
         path, inner = find(name)
-        with safe_open(path, framework="pt", device="cpu") as file:
+        with packed_layer.opened(path) as file:
             found: Tensor = file.get_slice(inner)[start:stop]
         return found
 
@@ -99,13 +118,16 @@ def pack(
     """Write the packed layer to `path`; with `judge` what each matrix has lost is measured too.
 
     `progress` is called with parameters done and in all. Raises FormatError, naming the tensor,
-    for values that are not finite or do not fit; `path` is then half-written.
+    for values that are not finite or do not fit; `path` is then half-written. Raises
+    UnavailableError before anything is written for positions that the engine does not have.
     """
     definition = programs.definition(config.model)
     matrices: dict[str, Matrix] = definition.matrices(config.values)
     total = sum(matrix.rows * matrix.columns for matrix in matrices.values())
     done = 0
     reports = []
+    constants = _constants(config)
+    table = packed_layer.table(config, kind)
     header, places, size = _header(config, kind)
     with path.open("wb") as file:
         file.write(header)
@@ -113,33 +135,42 @@ def pack(
 
         def put(name: str, tensor: Tensor, offset: int = 0) -> None:
             file.seek(places[name] + offset)
-            file.write(memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()))
+            file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
 
         for name, matrix in matrices.items():
             layout = Layout.of(kind, matrix.rows, matrix.columns)
             offset = 0
-            scales, signal, noise = [], 0.0, 0.0
+            # Made at once: kept among each block's temporaries, small ones would split the heap.
+            beside = {
+                part: torch.empty(found[1], dtype=found[0])
+                for part in ("scales", "zeros")
+                if (found := table.get(f"{name}.{part}")) is not None
+            }
+            row = 0
+            signal = noise = 0.0
             for values in _blocks(matrix, layout, rows):
                 quantised = _quantised(kind, values, matrix.source.tensor)
                 stored = layout.pack(quantised.codes)
                 put(f"{name}.codes", stored, offset)
                 offset += stored.nbytes
-                scales.append((quantised.scales, quantised.zeros))
+                for part, groups in beside.items():
+                    groups[:, row : row + len(values)] = getattr(quantised, part).t()
+                row += len(values)
                 if judge:
                     lost = kind.dequantise(quantised).sub_(values)
-                    signal += float(values.float().square().sum(dtype=torch.float64))
-                    noise += float(lost.square_().sum(dtype=torch.float64))
+                    signal += _energy(values)
+                    noise += _energy(lost)
                 done += values.numel()
                 if progress is not None:
                     progress(done, total)
-            for part, column in (("scales", 0), ("zeros", 1)):
-                if f"{name}.{part}" in places:
-                    put(f"{name}.{part}", torch.cat([pair[column].t() for pair in scales], dim=1))
-            reports.append(_report(name, matrix, kind, signal, noise))
+            for part, groups in beside.items():
+                put(f"{name}.{part}", groups)
+            nbytes = matrix_bytes(kind, matrix.rows, matrix.columns)
+            reports.append(MatrixReport(name, matrix.rows, matrix.columns, nbytes, signal, noise))
         for name, vector in definition.vectors(config.values).items():
             values = _read(rows, vector.source, 0, vector.size)
             put(name, _quantised_vector(values, vector.source.tensor))
-        for name, constant in definition.constants(config.values).items():
+        for name, constant in constants.items():
             put(name, constant)
         file.flush()
         os.fsync(file.fileno())
@@ -211,8 +242,22 @@ def _quantised_vector(values: Tensor, name: str) -> Tensor:
     return stored
 
 
-def _report(name: str, matrix: Matrix, kind: Format, signal: float, noise: float) -> MatrixReport:
-    nbytes = matrix_bytes(kind, matrix.rows, matrix.columns)
-    bits = 8 * nbytes / (matrix.rows * matrix.columns)
-    sqnr = 10 * math.log10(signal / noise) if noise and signal else math.inf
-    return MatrixReport(name, matrix.rows, matrix.columns, nbytes, bits, sqnr)
+def _energy(values: Tensor) -> float:
+    """Sum of squares. A norm accumulates in float64 without a copy in float64."""
+    return float(torch.linalg.vector_norm(values, dtype=torch.float64)) ** 2
+
+
+def _constants(config: LayerConfig) -> dict[str, Tensor]:
+    """Constants of the layer's positions. They come from the user's numbers by way of another
+    library, which has many ways to fail on senseless ones; all of them are one line here."""
+    try:
+        found: dict[str, Tensor] = programs.definition(config.model).constants(config.values)
+    except MemladderError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error.args[0] if error.args else error).split())[:200]
+        raise FormatError(f"positions of this configuration can't be made: {reason}") from None
+    for name, tensor in found.items():
+        if not tensor.isfinite().all():
+            raise FormatError(f"{name} of this configuration is not finite")
+    return found

@@ -9,10 +9,10 @@ birth, or, where that leaves gaps, in the order of size or of lifetime if one of
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
-from memladder.engine.program import Program
+from memladder.engine.program import Buffer, Program, Step
 
 ALIGNMENT = 256
 """What CUDA's own allocator aligns to; wide loads and tensor descriptors need 16 and 128."""
@@ -38,8 +38,13 @@ class _Place:
     last: int
     nbytes: int
 
+    @property
+    def name(self) -> str:
+        return self.buffers[0]
 
-_Offsets: TypeAlias = dict[tuple[str, ...], int]
+
+# By a place's name.
+_Offsets: TypeAlias = dict[str, int]
 
 
 def plan(program: Program, alignment: int = ALIGNMENT) -> Plan:
@@ -51,12 +56,12 @@ def plan(program: Program, alignment: int = ALIGNMENT) -> Plan:
         for order in (_by_size, _by_lifetime):
             other = _any_order_fit(sorted(places, key=order, reverse=True))
             found = min(found, other, key=lambda offsets: _end(places, offsets))
-    offsets = {name: found[place.buffers] for place in places for name in place.buffers}
+    offsets = {name: found[place.name] for place in places for name in place.buffers}
     return Plan(offsets, _end(places, found), bound)
 
 
 def _end(places: Iterable[_Place], offsets: _Offsets) -> int:
-    return max(offsets[place.buffers] + place.nbytes for place in places)
+    return max(offsets[place.name] + place.nbytes for place in places)
 
 
 def _by_size(place: _Place) -> tuple[int, int]:
@@ -83,7 +88,7 @@ def _first_fit(places: Iterable[_Place]) -> _Offsets:
     living: list[_Place] = []
     for place in places:
         living = [other for other in living if other.last >= place.first]
-        offsets[place.buffers] = _lowest_gap(living, offsets, place.nbytes)
+        offsets[place.name] = _lowest_gap(living, offsets, place.nbytes)
         living.append(place)
     return offsets
 
@@ -94,7 +99,7 @@ def _any_order_fit(places: Iterable[_Place]) -> _Offsets:
     placed: list[_Place] = []
     for place in places:
         near = [o for o in placed if o.last >= place.first and o.first <= place.last]
-        offsets[place.buffers] = _lowest_gap(near, offsets, place.nbytes)
+        offsets[place.name] = _lowest_gap(near, offsets, place.nbytes)
         placed.append(place)
     return offsets
 
@@ -105,10 +110,9 @@ def _places(program: Program, alignment: int) -> list[_Place]:
     heirs = _heirs(program, lifetimes)
     chains: dict[str, list[str]] = {}
     for name in sorted(lifetimes, key=lambda name: lifetimes[name]):
-        chain = chains.get(heirs.get(name, ""))
-        if chain is not None and sizes[chain[0]] >= sizes[name]:
-            chain.append(name)
-            chains[name] = chain
+        if name in heirs:
+            chains[name] = chains[heirs[name]]
+            chains[name].append(name)
         else:
             chains[name] = [name]
     return [
@@ -119,30 +123,42 @@ def _places(program: Program, alignment: int) -> list[_Place]:
 
 
 def _heirs(program: Program, lifetimes: dict[str, tuple[int, int]]) -> dict[str, str]:
-    """Buffers that may take another's place: born in the step in which the other dies."""
-    whole = {buffer.name: buffer.rows for buffer in program.buffers}
+    """Buffers that take another's place: born, and alike, in the step in which the other dies.
+
+    The step touches neither with another argument: that could be read after it was overwritten.
+    """
+    known = {buffer.name: buffer for buffer in program.buffers}
     found: dict[str, str] = {}
+    taken: set[str] = set()
     for number, step in enumerate(program.steps):
         for read, written in step.in_place:
             old, new = step.reads[read], step.writes[written]
-            dies = lifetimes[old.buffer][1] == number
-            born = lifetimes[new.buffer][0] == number
             if (
-                old.buffer != new.buffer
-                and dies
-                and born
-                and (old.count, new.count) == (whole[old.buffer], whole[new.buffer])
-                and old.buffer not in found.values()
-                and old.buffer != program.input
+                lifetimes[old.buffer][1] == lifetimes[new.buffer][0] == number
+                and _alike(known[old.buffer], known[new.buffer])
+                and old.count == new.count == known[old.buffer].rows
+                and _arguments(step, old.buffer) == _arguments(step, new.buffer) == 1
+                and new.buffer not in found
+                and old.buffer not in taken
             ):
                 found[new.buffer] = old.buffer
+                taken.add(old.buffer)
     return found
+
+
+def _arguments(step: Step, buffer: str) -> int:
+    return sum(rows.buffer == buffer for rows in (*step.reads.values(), *step.writes.values()))
+
+
+def _alike(one: Buffer, other: Buffer) -> bool:
+    """Of one shape and dtype: each element then lies where the other's does."""
+    return replace(one, name=other.name) == other
 
 
 def _lowest_gap(near: Iterable[_Place], offsets: _Offsets, nbytes: int) -> int:
     end = 0
-    for other in sorted(near, key=lambda place: offsets[place.buffers]):
-        if offsets[other.buffers] - end >= nbytes:
+    for other in sorted(near, key=lambda place: offsets[place.name]):
+        if offsets[other.name] - end >= nbytes:
             break
-        end = max(end, offsets[other.buffers] + other.nbytes)
+        end = max(end, offsets[other.name] + other.nbytes)
     return end

@@ -65,8 +65,8 @@ class Program:
     """Steps, the buffers that they use, and which of these are input and output.
 
     The output may be the input's own buffer: the steps then write over the input, and only then.
-    Raises ValueError for a program that reads what was never written, leaves a buffer, or writes
-    into an input that is not the output.
+    Raises ValueError for a program that reads rows that were never written, leaves a buffer, writes
+    into an input that is not the output, or does not write all of the output.
     """
 
     buffers: tuple[Buffer, ...]
@@ -78,21 +78,24 @@ class Program:
         known = {buffer.name: buffer for buffer in self.buffers}
         if len(known) != len(self.buffers):
             raise ValueError("two buffers of one name")
-        written = {self.input}
+        for name in (self.input, self.output):
+            if name not in known:
+                raise ValueError(f"there is no buffer {name}")
+        written = _Written(self.input)
         for step in self.steps:
             for rows in (*step.reads.values(), *step.writes.values()):
-                buffer = known.get(rows.buffer)
-                if buffer is None or rows.start < 0 or rows.start + rows.count > buffer.rows:
+                size = known[rows.buffer].rows if rows.buffer in known else 0
+                if rows.start < 0 or not 0 < rows.count <= size - rows.start:
                     raise ValueError(f"{step.kernel}: no such rows: {rows}")
             for rows in step.reads.values():
-                if rows.buffer not in written:
-                    raise ValueError(f"{step.kernel}: {rows.buffer} is read before it is written")
+                if rows not in written:
+                    raise ValueError(f"{step.kernel}: {rows} are read before they are written")
             for rows in step.writes.values():
                 if rows.buffer == self.input != self.output:
                     raise ValueError(f"{step.kernel}: writes into the input {self.input}")
-                written.add(rows.buffer)
-        if self.output not in written:
-            raise ValueError(f"the output {self.output} is never written")
+                written.add(rows, known[rows.buffer].rows)
+        if Rows(self.output, 0, known[self.output].rows) not in written:
+            raise ValueError(f"not all of the output {self.output} is written")
 
     def lifetimes(self) -> dict[str, tuple[int, int]]:
         """First and last step that touch each buffer: the input from −1, the output to the end."""
@@ -106,3 +109,33 @@ class Program:
             # The caller's: it must outlive the last step as well.
             found[self.input] = (-1, len(self.steps))
         return found
+
+
+class _Written:
+    """Which rows were written. Most buffers are written as a whole; of the others, ranges."""
+
+    def __init__(self, whole: str) -> None:
+        self._whole = {whole}
+        self._ranges: dict[str, list[tuple[int, int]]] = {}
+
+    def __contains__(self, rows: Rows) -> bool:
+        ranges = self._ranges.get(rows.buffer, ())
+        return rows.buffer in self._whole or any(
+            first <= rows.start and rows.start + rows.count <= last for first, last in ranges
+        )
+
+    def add(self, rows: Rows, size: int) -> None:
+        """`size` is the rows of the whole buffer."""
+        if rows in self:
+            return
+        start, stop = rows.start, rows.start + rows.count
+        apart = []
+        for first, last in self._ranges.get(rows.buffer, ()):
+            if last < start or stop < first:
+                apart.append((first, last))
+            else:
+                start, stop = min(start, first), max(stop, last)
+        if stop - start == size:
+            self._whole.add(rows.buffer)
+        else:
+            self._ranges[rows.buffer] = [*apart, (start, stop)]

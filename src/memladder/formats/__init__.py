@@ -46,6 +46,8 @@ def get(text: str) -> Format:
         if key not in defaults:
             known = f"its parameters: {', '.join(defaults)}" if defaults else "it has none"
             raise FormatError(f"format {name} has no parameter {key[:40]!r}; {known}")
+        if key in given:
+            raise FormatError(f"format {name}: {key} is given twice; give it once")
         given[key] = _value(f"{name}: {key}", value, defaults[key])
     found: Format = kind(**given)
     return found

@@ -70,7 +70,10 @@ class Format(ABC):
 
     @abstractmethod
     def quantise(self, values: Tensor) -> Quantised:
-        """Nearest codes of a float matrix [rows, columns]; finite values are assumed."""
+        """Nearest codes of a float matrix [rows, columns]; finite values are assumed.
+
+        Raises FormatError for a value, or a scale, that float16 has to hold and cannot.
+        """
 
     @abstractmethod
     def decode(self, codes: Tensor) -> Tensor:
@@ -91,7 +94,7 @@ class Format(ABC):
             part = values[:, start * size : (start + groups) * size]
             if not part.numel():
                 continue
-            part = part.unflatten(1, (groups, -1))
+            part = part.view(part.shape[0], groups, -1)
             if matrix.zeros is not None:
                 part.sub_(matrix.zeros[:, start : start + groups].float().unsqueeze(-1))
             scales = self.scale_values(matrix.scales[:, start : start + groups])
@@ -141,6 +144,14 @@ def absmax(values: Tensor) -> Tensor:
     """Largest magnitude along the last axis, which is kept: NaN where there is one."""
     low, high = torch.aminmax(values, dim=-1, keepdim=True)
     return torch.maximum(high, -low)
+
+
+def half(scales: Tensor) -> Tensor:
+    """Scales as float16. Raises FormatError for one that is too large: values would be NaN."""
+    stored = scales.to(torch.float16)
+    if torch.isinf(stored).any():
+        raise FormatError("a scale beyond 65504 does not fit into float16")
+    return stored
 
 
 def choose(name: str, value: str, allowed: tuple[str, ...]) -> None:

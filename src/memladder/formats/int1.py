@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from memladder.formats.base import Format, Quantised
+from memladder.formats.base import Format, Quantised, half
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Int1(Format):
     def quantise(self, values: Tensor) -> Quantised:
         """Signs, and the rows' mean magnitudes."""
         scales = values.float().abs().mean(dim=1, keepdim=True)
-        return Quantised((values >= 0).to(torch.uint8), scales.to(torch.float16))
+        return Quantised((values >= 0).to(torch.uint8), half(scales))
 
     def decode(self, codes: Tensor) -> Tensor:
         """±1."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from memladder.formats.base import Format, Quantised, grouped, require_group, ungrouped
+from memladder.formats.base import Format, Quantised, grouped, half, require_group, ungrouped
 
 STEP = 0.9957
 
@@ -41,7 +41,7 @@ class Int2(Format):
         counts = torch.full((blocks.shape[1], 1), float(self.group_size))
         counts[-1] -= -columns % self.group_size
         rms = (blocks.square().sum(dim=-1, keepdim=True) / counts).sqrt_()
-        scales = (STEP * rms).to(torch.float16)
+        scales = half(STEP * rms)
         divisor = torch.where(scales == 0, 1.0, scales.float())
         codes = torch.floor(blocks / divisor).add_(2).clamp_(0, 3).to(torch.uint8)
         return Quantised(ungrouped(codes, columns), scales.squeeze(-1))

@@ -17,6 +17,7 @@ from memladder.formats.base import (
     Quantised,
     absmax,
     grouped,
+    half,
     require_group,
     ungrouped,
 )
@@ -71,7 +72,7 @@ class Int4(Format):
 
 def _stored(scales: Tensor) -> Tensor:
     """As fp16; a group whose scale vanishes, or that is zero, has scale 1."""
-    stored = scales.to(torch.float16)
+    stored = half(scales)
     return torch.where(stored == 0, 1.0, stored)
 
 

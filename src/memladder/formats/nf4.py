@@ -7,6 +7,7 @@ are quantiles of the normal distribution, scaled to [−1, 1], with an exact zer
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from memladder.formats.base import (
     Quantised,
     absmax,
     grouped,
+    half,
     lookup,
     require_group,
     ungrouped,
@@ -40,7 +42,7 @@ CODE_BOOK = (
     1.0,
 )
 # A value on the middle between two numbers takes the lower one.
-_MIDDLES = torch.tensor([(low + high) / 2 for low, high in zip(CODE_BOOK, CODE_BOOK[1:])])
+_MIDDLES = torch.tensor([(low + high) / 2 for low, high in pairwise(CODE_BOOK)])
 _NUMBERS = torch.tensor(CODE_BOOK)
 
 
@@ -65,7 +67,7 @@ class Nf4(Format):
     def quantise(self, values: Tensor) -> Quantised:
         """Nearest number of the code book. A block of zeros has scale 0."""
         blocks = grouped(values, self.group_size)
-        scales = absmax(blocks).to(torch.float16)
+        scales = half(absmax(blocks))
         divisor = torch.where(scales == 0, 1.0, scales.float())
         codes = torch.bucketize(blocks / divisor, _MIDDLES, out_int32=True).to(torch.uint8)
         return Quantised(ungrouped(codes, values.shape[1]), scales.squeeze(-1))

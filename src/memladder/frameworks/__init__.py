@@ -1,5 +1,9 @@
 """One file a framework; the file's name is its key, and this folder is the only list of them.
 
+A file defines `FRAMEWORK`. One that runs a framework in several number formats also defines
+`VARIANTS`, a framework each by what follows the file's name: `ladder_fp16_int4` is the variant
+`fp16_int4` of `ladder.py`.
+
 Importing a framework's file must stay light: its libraries are imported by its session, in the
 worker's process.
 """
@@ -8,23 +12,51 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Mapping
 
 from memladder.errors import UsageError
 from memladder.frameworks.base import Framework
 
-_NOT_FRAMEWORKS = {"base"}
+_NOT_FRAMEWORKS = {"base", "torch_memory"}
 
 
 def names() -> tuple[str, ...]:
     """Keys of all frameworks that this version can run, sorted."""
-    found = (module.name for module in pkgutil.iter_modules(__path__))
-    return tuple(sorted(set(found) - _NOT_FRAMEWORKS))
+    return tuple(sorted(key for module in _modules() for key in _served(module)))
 
 
 def get(name: str) -> Framework:
     """The framework of that key. Raises UsageError for an unknown one."""
-    if name not in names():
-        raise UsageError(f"unknown framework {name!r}; known: {', '.join(names())}")
-    framework = importlib.import_module(f"{__name__}.{name}").FRAMEWORK
-    assert isinstance(framework, Framework)
-    return framework
+    return _served(module(name))[name]
+
+
+def module(name: str) -> str:
+    """The module that serves that key. Raises UsageError for an unknown one."""
+    for found in _modules():
+        if name in _served(found):
+            return found
+    raise UsageError(f"unknown framework {name!r}; known: {', '.join(names())}")
+
+
+def load(module: str, key: str) -> Framework:
+    """The framework of that key in a module, which need not be of this folder."""
+    served = _served(module)
+    if key not in served:
+        raise UsageError(f"{module} serves {', '.join(served)}, not {key!r}")
+    return served[key]
+
+
+def _modules() -> list[str]:
+    found = (module.name for module in pkgutil.iter_modules(__path__))
+    return [f"{__name__}.{name}" for name in sorted(set(found) - _NOT_FRAMEWORKS)]
+
+
+def _served(module: str) -> Mapping[str, Framework]:
+    loaded = importlib.import_module(module)
+    own = module.rpartition(".")[2]
+    variants: Mapping[str, Framework] = getattr(loaded, "VARIANTS", {})
+    served = {own: loaded.FRAMEWORK} | {f"{own}_{name}": one for name, one in variants.items()}
+    for framework in served.values():
+        if not isinstance(framework, Framework):
+            raise TypeError(f"{module}.FRAMEWORK is not a Framework")
+    return served

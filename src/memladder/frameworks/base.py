@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 from memladder.case import Case
 from memladder.models import LayerConfig
@@ -89,9 +89,9 @@ class Session(ABC):
 class Framework(ABC):
     """One way to run a layer. Instances hold no state; a file defines one as `FRAMEWORK`."""
 
-    title: ClassVar[str]
+    title: str
     """Label in tables and figures."""
-    packages: ClassVar[tuple[str, ...]]
+    packages: tuple[str, ...]
     """Distributions whose versions belong into the record."""
 
     @abstractmethod
@@ -104,6 +104,14 @@ class Framework(ABC):
 
     def prepare(self, job: Job) -> None:
         """Make what the session will read (weights, exported model). Runs in its own process."""
+
+    def reference(self, job: Job) -> np.ndarray | None:
+        """What the session should compute, where that is not the layer itself in fp32.
+
+        Quantised weights make another layer: it is compared with an fp32 layer of these weights,
+        float32 [batch_size, seq_len, hidden_size], and what was lost is told apart from that.
+        """
+        return None
 
     @abstractmethod
     def tolerance(self, device: str) -> float:

@@ -7,11 +7,9 @@ import importlib
 import importlib.metadata
 import importlib.util
 import os
-import re
 import runpy
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,12 +18,11 @@ from memladder.frameworks.base import (
     Availability,
     Framework,
     Job,
-    OutOfMemoryError,
     Session,
     Setting,
 )
+from memladder.frameworks.torch_memory import memory_errors
 from memladder.models import weights
-from memladder.units import GIB, KIB, MIB
 
 if TYPE_CHECKING:
     import numpy as np
@@ -34,10 +31,6 @@ if TYPE_CHECKING:
 _INSTALL = "pip install 'memladder[pytorch]'"
 _NEEDED = ("torch", "transformers", "safetensors")
 _TOLERANCE = {"cpu": 1.6e-2, "cuda": 2e-3}
-
-_UNITS = {"bytes": 1, "KiB": KIB, "MiB": MIB, "GiB": GIB}
-_ASKED = re.compile(r"tried to allocate ([\d.]+) (bytes|KiB|MiB|GiB)", re.IGNORECASE)
-_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
 
 
 class PyTorch(Framework):
@@ -120,7 +113,7 @@ class _Session(Session):
         """The layer on the device, and its hidden states."""
         job = self.job
         path = weights.ensure(job.config, job.cache_dir, job.seed)
-        with _memory_errors():
+        with memory_errors():
             self._layer = self._load(job.config, path, job.case.shape, self._dtype, self._device)
             states = self._torch.from_numpy(
                 weights.hidden_states(job.config, job.case.shape, job.seed)
@@ -155,7 +148,7 @@ class _Session(Session):
 
     def run(self) -> None:
         """One pass in inference mode, synchronised."""
-        with _memory_errors(), self._torch.inference_mode():
+        with memory_errors(), self._torch.inference_mode():
             # The last pass's output must not live beside the next one's.
             self._output = None
             self._output = self._compiled(self._states)
@@ -216,24 +209,6 @@ def _dtype(device: torch.device) -> tuple[torch.dtype, str]:
     if torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return torch.bfloat16, "oneDNN has bfloat16 but no float16 kernels for this CPU"
     return torch.float16, "oneDNN has no 16-bit kernels for this CPU"
-
-
-@contextmanager
-def _memory_errors() -> Iterator[None]:
-    """Failed allocations as OutOfMemoryError, with the bytes asked for where the text has them."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        text = str(error)
-        if not isinstance(error, MemoryError) and not _MEMORY.search(text):
-            raise
-        asked = _ASKED.search(text)
-        size = round(float(asked[1]) * _UNITS[_unit(asked[2])]) if asked else None
-        raise OutOfMemoryError(text.splitlines()[0] if text else "out of memory", size) from None
-
-
-def _unit(text: str) -> str:
-    return next(name for name in _UNITS if name.lower() == text.lower())
 
 
 def _cuda_build() -> str | None:

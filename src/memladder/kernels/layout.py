@@ -96,8 +96,10 @@ class Layout:
         `rows` may be some row tiles of the matrix, the first of them at a tile's beginning.
         """
         tiles = -(-codes.shape[0] // self.tile_rows)
-        padding = (0, self.shape[1] * self.tile_columns - codes.shape[1])
-        padding += (0, tiles * self.tile_rows - codes.shape[0])
+        padding = (
+            *(0, self.shape[1] * self.tile_columns - codes.shape[1]),
+            *(0, tiles * self.tile_rows - codes.shape[0]),
+        )
         if any(padding):
             codes = functional.pad(codes, padding)
         if self.bits >= 8:
@@ -130,7 +132,9 @@ class Layout:
         )
         mask = (1 << self.bits) - 1
         for place in range(places):
-            codes[..., place, :, :] = (byte >> place * self.bits) & mask
+            target = codes[..., place, :, :]
+            torch.bitwise_right_shift(byte, place * self.bits, out=target)
+            target &= mask
         return codes.view(column_tiles * self.tile_columns, rows)[:columns].t()
 
     @property

@@ -7,14 +7,14 @@ need a few tiles of `_TILE` elements, never more than 64 MiB, whatever the shape
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from memladder import formats
-from memladder.formats.base import Quantised
+from memladder.formats.base import Format, Quantised
 from memladder.kernels.packed import PackedMatrix
 
 # float32: 4 MiB. A kernel holds up to about ten of them.
@@ -24,12 +24,12 @@ _WEIGHT_ROWS = 512
 _WEIGHT_COLUMNS = 4096
 _KEYS = 512
 
-ACTIVATIONS = {
+ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "": lambda x: x,
     "silu": lambda x: functional.silu(x, inplace=True),
     "gelu": functional.gelu,
     "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
-    "relu": lambda x: x.relu_(),
+    "relu": torch.relu_,
 }
 
 
@@ -56,7 +56,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor, *, eps: flo
         out[part] = values.mul_(weight.float()).add_(bias.float())
 
 
-def quantise(x: Tensor, codes: Tensor, scales: Tensor, *, format: str) -> None:  # noqa: A002
+def quantise(x: Tensor, codes: Tensor, scales: Tensor, *, format: str) -> None:
     """The rows of x [rows, columns] in an activation format: codes uint8 [rows, columns], scales
     [rows, groups]."""
     kind = formats.get(format)
@@ -78,7 +78,7 @@ def rotary(
     """
     for part in _row_blocks(x):
         positions = torch.arange(part.start, part.stop).add_(start).remainder_(seq_len)
-        heads = x[part].float().unflatten(1, (-1, head_dim))
+        heads = x[part].float().view(part.stop - part.start, -1, head_dim)
         out[part] = _rotated(heads, positions, frequencies).flatten(1)
 
 
@@ -133,7 +133,7 @@ def matmul(
     *,
     bias: Tensor | None = None,
     scales: Tensor | None = None,
-    format: str = "fp16",  # noqa: A002
+    format: str = "fp16",
     activation: str = "",
     factor: Tensor | None = None,
     residual: Tensor | None = None,
@@ -156,7 +156,7 @@ def matmul(
                 sums = torch.zeros(m.stop - m.start, n.stop - n.start)
                 for c in _blocks(weight.columns, _WEIGHT_COLUMNS):
                     operand = _operand(x[m, c], None if scales is None else scales[m], c, kind)
-                    for w in _weight_blocks(weight, n):
+                    for w in _weight_blocks(n):
                         part = sums[:, w.start - n.start : w.stop - n.start]
                         part.addmm_(operand, _weights(weight, w, c).t())
             if bias is not None:
@@ -175,14 +175,14 @@ def _integer_sums(x: Tensor, weight: PackedMatrix, n: slice) -> Tensor:
     sums = torch.zeros(x.shape[0], n.stop - n.start, dtype=torch.int32)
     for c in _blocks(weight.columns, _WEIGHT_COLUMNS):
         operand = x[:, c].contiguous()
-        for w in _weight_blocks(weight, n):
+        for w in _weight_blocks(n):
             codes = weight.format.integers(_tiles(weight, w, c).codes)
             sums[:, w.start - n.start : w.stop - n.start] += torch._int_mm(operand, codes.t())
     # Below 2²⁴ as long as K is below 132,104: float32 holds them exactly.
     return sums.float().mul_(weight.format.scale_values(weight.scales[0, n]))
 
 
-def _operand(x: Tensor, scales: Tensor | None, c: slice, kind: formats.Format) -> Tensor:
+def _operand(x: Tensor, scales: Tensor | None, c: slice, kind: Format) -> Tensor:
     """Columns c of an activation as float32, from float16 or from codes with their rows' scales."""
     if scales is None:
         return x.float()
@@ -244,6 +244,6 @@ def _row_blocks(x: Tensor) -> Iterator[slice]:
     return _blocks(x.shape[0], max(1, _TILE // x.shape[1]))
 
 
-def _weight_blocks(weight: PackedMatrix, n: slice) -> Iterator[slice]:
+def _weight_blocks(n: slice) -> Iterator[slice]:
     for start in range(n.start, n.stop, _WEIGHT_ROWS):
         yield slice(start, min(start + _WEIGHT_ROWS, n.stop))

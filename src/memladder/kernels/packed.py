@@ -68,6 +68,7 @@ class PackedMatrix:
         codes = codes[: layout.rows - row * layout.tile_rows]
         rows_ = slice(row * layout.tile_rows, row * layout.tile_rows + codes.shape[0])
         group = self.format.group or layout.columns
+        assert first % group == 0 or last <= (first // group + 1) * group
         groups = slice(first // group, -(-last // group))
         return Quantised(
             codes,

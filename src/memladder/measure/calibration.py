@@ -11,7 +11,7 @@ import ctypes
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 from memladder.case import Case, Shape
 from memladder.errors import DeviceError
@@ -152,8 +152,8 @@ class _CudaSession(_KnownBytes):
 class Calibration(Framework):
     """Known bytes in the place of a layer."""
 
-    title: ClassVar[str] = "Calibration"
-    packages: ClassVar[tuple[str, ...]] = ()
+    title = "Calibration"
+    packages = ()
 
     def availability(self, device: str) -> Availability:
         try:

@@ -55,7 +55,7 @@ class JobText:
 
 @dataclass(frozen=True)
 class Order:
-    """One worker's task. `module` holds the framework as `FRAMEWORK`; only VERIFY has many jobs."""
+    """One worker's task. `module` serves the framework; only VERIFY has many jobs."""
 
     mode: Mode
     module: str

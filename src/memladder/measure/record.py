@@ -6,6 +6,7 @@ docs/record.md describes each field. Sizes are bytes, times seconds, both from t
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -212,7 +213,9 @@ class Record:
 class Check:
     """One comparison with the fp32 reference: ‖y − ref‖ / ‖ref‖ over `tokens` and its bound.
 
-    `tokens` counts the leading tokens of each sequence that were compared.
+    `tokens` counts the leading tokens of each sequence that were compared. Where the weights are
+    quantised, `ref` has the same quantised weights, and `quantisation_error` is the error against
+    the true layer.
     """
 
     model: str
@@ -220,6 +223,13 @@ class Check:
     tokens: int
     error: float
     tolerance: float
+    quantisation_error: float | None = None
+
+    @property
+    def sqnr_db(self) -> float | None:
+        """Signal to quantisation noise of the layer's output: −20 log10 of the error."""
+        lost = self.quantisation_error
+        return -20 * math.log10(lost) if lost else None
 
     @property
     def agrees(self) -> bool:

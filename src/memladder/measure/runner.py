@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from memladder import models
+from memladder import frameworks, models
 from memladder.case import FIGURE_SHAPES, Case, Shape
 from memladder.errors import RecordError, UnavailableError, UsageError, WorkerError
 from memladder.frameworks.base import Availability, Framework, Job, Setting
@@ -84,7 +84,7 @@ def measure(
     """Measure one case in `repeats` processes, after one that prepares what they read.
 
     Whatever happens in the processes becomes the record's status; their output goes to `log_path`.
-    `module` holds the framework as `FRAMEWORK`, by default the file of the case's framework.
+    `module` serves the framework, by default its file in `frameworks`.
     Raises DeviceError where the device is not here, UsageError where the log can't be written or
     the layer can't be prepared as asked (a full disk, a configuration that makes no layer).
     """
@@ -96,7 +96,7 @@ def measure(
         return unavailable(case, found, framework)
     device = devices.device(case.device)
     variables = framework.environment(case)
-    module = module or f"memladder.frameworks.{case.framework}"
+    module = module or frameworks.module(case.framework)
     attempt = _Attempt(job, module, variables, device, limits, log_path, on_event, repeats)
     _start_log(log_path)
     runs: list[Run] = []
@@ -172,7 +172,7 @@ def verify(
     variables = framework.environment(jobs[0].case)
     order = Order(
         Mode.VERIFY,
-        module or f"memladder.frameworks.{name}",
+        module or frameworks.module(name),
         tuple(JobText.of(job) for job in jobs),
         0.0,
     )

@@ -9,12 +9,12 @@ is a reading of that state and of no other.
 from __future__ import annotations
 
 import gc
-import importlib
 import os
 import sys
 import time
 import traceback
 
+from memladder import frameworks
 from memladder.errors import MemladderError, UnavailableError
 from memladder.frameworks.base import Framework, Job, OutOfMemoryError, Session
 from memladder.measure.protocol import (
@@ -108,21 +108,18 @@ class _Phases:
         self.start(name)
 
 
-def _load(module: str) -> Framework:
-    framework = importlib.import_module(module).FRAMEWORK
-    if not isinstance(framework, Framework):
-        raise TypeError(f"{module}.FRAMEWORK is not a Framework")
-    return framework
+def _framework(order: Order) -> Framework:
+    return frameworks.load(order.module, order.jobs[0].case.framework)
 
 
 def _prepare(order: Order, _: Channel) -> None:
-    _load(order.module).prepare(order.jobs[0].job())
+    _framework(order).prepare(order.jobs[0].job())
 
 
 def _measure(order: Order, channel: Channel) -> None:
     phases = _Phases(channel)
     phases.start(PHASES[0])
-    session = _load(order.module).session(order.jobs[0].job(), phases.announced)
+    session = _framework(order).session(order.jobs[0].job(), phases.announced)
     _bring_up(session, phases)
     passes = 1
     if phases.lasted_s() < _LONG_PASS_S:
@@ -158,7 +155,7 @@ def _bring_up(session: Session, phases: _Phases) -> None:
 
 
 def _verify(order: Order, channel: Channel) -> None:
-    framework = _load(order.module)
+    framework = _framework(order)
     for text in order.jobs:
         channel.send(_checked(framework, text.job()))
         gc.collect()
@@ -170,7 +167,9 @@ def _checked(framework: Framework, job: Job) -> Checked:
 
     framework.prepare(job)
     path = weights.ensure(job.config, job.cache_dir, job.seed)
-    expected = reference.output(job.config, path, job.case.shape, job.seed)
+    true = reference.output(job.config, path, job.case.shape, job.seed)
+    own = framework.reference(job)
+    expected = true if own is None else own
     announced: list[str] = []
     session = framework.session(job, announced.append)
     session.context()
@@ -185,15 +184,17 @@ def _checked(framework: Framework, job: Job) -> Checked:
     bound = framework.tolerance(job.case.device)
 
     def check(tokens: int, tolerance: float) -> Check:
-        error = reference.error(output[:, :tokens], expected[:, :tokens])
-        return Check(job.case.model, job.case.shape, tokens, error, tolerance)
+        found = output[:, :tokens]
+        error = reference.error(found, expected[:, :tokens])
+        lost = None if own is None else reference.error(found, true[:, :tokens])
+        return Check(job.case.model, job.case.shape, tokens, error, tolerance, lost)
 
     whole = check(job.case.shape.seq_len, bound)
     dtype = settings.get("dtype")
-    if not whole.agrees and isinstance(dtype, str):
+    if not whole.agrees and own is None and isinstance(dtype, str):
         # The layer itself may be no closer to float32 in this dtype: `reference.rounding` says why.
-        own = reference.rounding(job.config, path, job.case.shape, job.seed, dtype, expected)
-        whole = check(job.case.shape.seq_len, max(bound, _OWN_ROUNDINGS * own))
+        least = reference.rounding(job.config, path, job.case.shape, job.seed, dtype, true)
+        whole = check(job.case.shape.seq_len, max(bound, _OWN_ROUNDINGS * least))
     if job.case.shape.seq_len <= _HEAD_TOKENS:
         return Checked((whole,), settings)
     return Checked((whole, check(_HEAD_TOKENS, bound)), settings)

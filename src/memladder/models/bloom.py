@@ -24,6 +24,9 @@ VALUES: Mapping[str, Any] = {
 # 6 heads are no power of two, as 112 are not: ALiBi then has two series of slopes.
 NARROW: Mapping[str, Any] = {**VALUES, "hidden_size": 384, "n_head": 6}
 
+LAYER_PREFIXES = ("transformer.h.{}.", "h.{}.")
+"""How a layer's tensors begin in a checkpoint: of the causal model, or of the bare one."""
+
 
 def read(raw: Mapping[str, Any]) -> dict[str, Any]:
     """The values that the layer depends on. Raises ConfigError naming the field.

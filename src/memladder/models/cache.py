@@ -63,13 +63,18 @@ def replacing(path: Path) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
-def require_space(folder: Path, needed: int) -> None:
+def require_space(
+    folder: Path,
+    needed: int,
+    what: str = "cache folder",
+    advice: str = "set MEMLADDER_CACHE to a folder on a larger disk",
+) -> None:
     """Raise CacheError unless `needed` bytes fit on the folder's disk."""
     free = shutil.disk_usage(folder).free
     if needed + _SPARE_BYTES > free:
         raise CacheError(
-            f"cache folder {folder} needs {format_bytes(needed)}, only {format_bytes(free)} free; "
-            "set MEMLADDER_CACHE to a folder on a larger disk"
+            f"{what} {folder} needs {format_bytes(needed)}, only {format_bytes(free)} free; "
+            f"{advice}"
         )
 
 

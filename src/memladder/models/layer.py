@@ -70,8 +70,13 @@ def load(
         # Opened for each tensor, so that a converted one's pages are gone before the next is read.
         with safe_open(weights, framework="pt", device="cpu") as file:
             tensor = file.get_tensor(name).to(device=device, dtype=dtype)
-        module_name, _, leaf = name.rpartition(".")
-        parameter = nn.Parameter(tensor, requires_grad=False)
-        setattr(layer.block.get_submodule(module_name), leaf, parameter)
+        put(layer, name, tensor)
     gc.collect()
     return layer.to(device)
+
+
+def put(layer: Layer, name: str, tensor: torch.Tensor) -> None:
+    """Make `tensor` the parameter of that name."""
+    module_name, _, leaf = name.rpartition(".")
+    parameter = nn.Parameter(tensor, requires_grad=False)
+    setattr(layer.block.get_submodule(module_name), leaf, parameter)

@@ -35,6 +35,9 @@ NARROW: Mapping[str, Any] = {
     "num_key_value_heads": 2,
 }
 
+LAYER_PREFIXES = ("model.layers.{}.", "layers.{}.")
+"""How a layer's tensors begin in a checkpoint: of the causal model, or of the bare one."""
+
 _ACTIVATIONS = ("silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
 _ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 

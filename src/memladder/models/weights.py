@@ -101,11 +101,16 @@ def ensure(
 def hidden_states(config: LayerConfig, shape: Shape, seed: int) -> np.ndarray:
     """The layer's input: standard normal float16 [batch_size, seq_len, hidden_size]."""
     states = np.empty((shape.batch_size, shape.seq_len, hidden_size(config)), np.float16)
+    fill_hidden_states(states, seed)
+    return states
+
+
+def fill_hidden_states(states: np.ndarray, seed: int) -> None:
+    """Write the hidden states of the seed over a contiguous float16 array of their size."""
     flat = states.reshape(-1)
     for chunk in range(-(-flat.size // _CHUNK)):
         part = flat[chunk * _CHUNK : (chunk + 1) * _CHUNK]
         part[:] = _normal(seed, "hidden_states", chunk, part.size)
-    return states
 
 
 def _is_whole(path: Path, config: LayerConfig, seed: int) -> bool:

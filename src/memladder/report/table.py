@@ -221,15 +221,23 @@ def _verification(verifications: Iterable[Verification]) -> str:
             f"{check.error:.2e}",
             f"{check.tolerance:.2e}",
             "yes" if check.agrees else "NO",
+            None if check.sqnr_db is None else f"{check.sqnr_db:.1f}",
         )
         for item in verifications
         for check in item.checks
     ]
     if not lines:
         return "No framework's output was compared with the reference."
-    columns = ("framework", "device", "model", "shape", "tokens", "error", "tolerance", "agrees")
-    note = "Error: ‖y − ref‖ / ‖ref‖ against the fp32 reference, over the leading tokens."
-    return f"{_markdown(columns, lines, ('tokens', 'error', 'tolerance'))}\n{note}"
+    columns = (
+        *("framework", "device", "model", "shape", "tokens"),
+        *("error", "tolerance", "agrees", "sqnr_db"),
+    )
+    note = (
+        "Error: ‖y − ref‖ / ‖ref‖ against the fp32 reference, over the leading tokens. Where "
+        "weights are quantised, the reference has the same quantised weights, and sqnr\\_db is the "
+        "output's ratio of signal to quantisation noise against the true layer."
+    )
+    return f"{_markdown(columns, lines, ('tokens', 'error', 'tolerance', 'sqnr_db'))}\n{note}"
 
 
 def _settings(records: Iterable[Record]) -> str:

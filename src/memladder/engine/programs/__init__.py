@@ -1,7 +1,7 @@
 """How each model's layer is computed. One file a model; the file's name is the model's key.
 
 A file defines `matrices`, `vectors` and `constants` (what the packed layer holds, and where a
-checkpoint has it) and `program` (the steps).
+checkpoint has it), `program` (the steps), and `STORED` (for the reference: what they keep).
 """
 
 from __future__ import annotations

@@ -20,6 +20,8 @@ _LINEARS = {
     "up": "mlp.dense_h_to_4h",
     "down": "mlp.dense_4h_to_h",
 }
+STORED = (_QKV,)
+"""Modules whose output the program keeps; the others' is changed before it is written."""
 _NORMS = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
 
 

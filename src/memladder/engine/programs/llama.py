@@ -29,6 +29,8 @@ _NORMS = {
     "attention_norm.weight": "input_layernorm.weight",
     "mlp_norm.weight": "post_attention_layernorm.weight",
 }
+STORED = tuple(_LINEARS[name] for name in ("query", "key", "value", "up"))
+"""Modules whose output the program keeps; the others' is changed before it is written."""
 _ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
 # Those whose angles depend neither on the sequence's length nor scale the attention.
 _ROPE_TYPES = ("default", "linear", "llama3")
@@ -38,7 +40,11 @@ def matrices(values: Mapping[str, Any]) -> dict[str, Matrix]:
     """By the engine's names."""
     shapes = tensor_shapes(values)
     sources = {name: f"{linear}.weight" for name, linear in _LINEARS.items()}
-    return {name: Matrix(*shapes[tensor], Source(tensor)) for name, tensor in sources.items()}
+    found = {}
+    for name, tensor in sources.items():
+        rows, columns = shapes[tensor]
+        found[name] = Matrix(rows, columns, Source(tensor))
+    return found
 
 
 def vectors(values: Mapping[str, Any]) -> dict[str, Vector]:

@@ -1,0 +1,50 @@
+"""The least memory that a layer can run in, from its shapes alone: what the engine aims at.
+
+Weights in their format, norms and biases in float16; and the larger of what two moments need: the
+hidden states, all keys and values, and three buffers of a chunk (norm, queries, attention's
+output), or the hidden states, a chunk's norm and its MLP's inner activations. float16 throughout;
+a chunk is 512 tokens; the output overwrites the input. No process, no library, no page is counted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from memladder.case import Shape
+from memladder.engine import packed_layer, programs
+from memladder.formats.base import Format
+from memladder.models import LayerConfig, hidden_size
+from memladder.units import MIB
+
+_CHUNK = 512
+_ITEM = 2
+
+
+@dataclass(frozen=True)
+class Floor:
+    """Bytes."""
+
+    weights: int
+    activations: int
+
+    @property
+    def nbytes(self) -> int:
+        """Together."""
+        return self.weights + self.activations
+
+    @property
+    def host_bound(self) -> int:
+        """What a process on the CPU may grow by: 5 % and 64 MiB more, for tiles and libraries."""
+        return self.nbytes * 105 // 100 + 64 * MIB
+
+
+def floor(config: LayerConfig, shape: Shape, kind: Format) -> Floor:
+    """The floor of a layer at a shape with weights in a format."""
+    matrices = programs.definition(config.model).matrices(config.values)
+    hidden, inner = hidden_size(config), matrices["up"].rows
+    keys, queries = matrices["key"].rows, matrices["query"].rows
+    chunk = min(_CHUNK, shape.tokens)
+    attention = 2 * keys * shape.tokens + chunk * (hidden + 2 * queries)
+    mlp = chunk * (hidden + inner)
+    activations = _ITEM * (hidden * shape.tokens + max(attention, mlp))
+    return Floor(packed_layer.weight_bytes(config, kind), activations)

@@ -1,0 +1,123 @@
+"""What a packed layer should compute: Hugging Face's own module in float32 on the dequantised
+weights.
+
+Where activations are quantised, the module rounds them as the engine does: each linear layer's
+input to its format, and to float16 whatever the engine keeps between its steps. The latter is
+needed because rounding to 8 bits is a step function: two values that differ by a float16 rounding
+land on different codes often enough that two right implementations of the same layer differ by
+about 1e-2 (fp8), however exact their sums are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from memladder.case import Shape
+from memladder.engine import programs
+from memladder.engine.packed_layer import PackedLayer
+from memladder.engine.sources import Source
+from memladder.formats.base import Format
+from memladder.models import layer as layers
+from memladder.models import tensor_shapes
+from memladder.models.weights import hidden_states
+
+_ATTENTION = "memladder_stored_keys"
+
+
+def output(packed: PackedLayer, shape: Shape, seed: int, activation: Format | None) -> np.ndarray:
+    """float32 [batch_size, seq_len, hidden_size] for the hidden states of the seed.
+
+    `activation` is None where activations stay float16: nothing is rounded then.
+    """
+    module = layers.build(packed.config, shape, torch.float32)
+    for name, tensor in _tensors(packed).items():
+        layers.put(module, name, tensor)
+    if activation is not None:
+        _round(module.block, activation, programs.definition(packed.config.model).STORED)
+    if "alibi.slopes" in packed.vectors:
+        _make_alibi_relative(module, packed.vectors["alibi.slopes"])
+    states = torch.from_numpy(hidden_states(packed.config, shape, seed)).float()
+    with torch.inference_mode():
+        found: np.ndarray = module(states).numpy()
+    return found
+
+
+def _make_alibi_relative(module: nn.Module, slopes: Tensor) -> None:
+    """ALiBi by distance, as its paper has it, and not by the key's position.
+
+    Softmax does not tell them apart, but float32 does: positions give scores up to a thousand.
+    """
+    mask = module.get_buffer("mask")
+    positions = torch.arange(mask.shape[-1])
+    distance = positions - positions.unsqueeze(1)
+    module.get_buffer("alibi").zero_()
+    module.register_buffer("mask", mask + slopes.view(-1, 1, 1) * distance, persistent=False)
+
+
+def _tensors(packed: PackedLayer) -> dict[str, Tensor]:
+    """The checkpoint's tensors, put together again from what was packed."""
+    definition = programs.definition(packed.config.model)
+    values = packed.config.values
+    found = {name: torch.empty(shape) for name, shape in tensor_shapes(packed.config).items()}
+    for name, matrix in definition.matrices(values).items():
+        _scatter(found[matrix.source.tensor], matrix.source, packed.matrices[name].dequantise())
+    for name, vector in definition.vectors(values).items():
+        _scatter(found[vector.source.tensor], vector.source, packed.vectors[name].float())
+    return found
+
+
+def _scatter(target: Tensor, source: Source, rows: Tensor) -> None:
+    start = 0
+    for first, last in source.runs(0, len(rows)):
+        target[first:last] = rows[start : start + last - first]
+        start += last - first
+
+
+def _round(block: nn.Module, activation: Format, stored: tuple[str, ...]) -> None:
+    """Hook the block: norms read and write float16, linear layers read the format, and what
+    `stored` names is written as float16."""
+
+    def to_format(x: Tensor) -> Tensor:
+        rows = x.to(torch.float16).flatten(0, -2)
+        return activation.dequantise(activation.quantise(rows)).view(x.shape)
+
+    for name, module in block.named_modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_pre_hook(_on_input(to_format))
+        if "norm" in name.rpartition(".")[2]:
+            module.register_forward_pre_hook(_on_input(_stored))
+            module.register_forward_hook(_on_output)
+        if name in stored:
+            module.register_forward_hook(_on_output)
+    attention = getattr(block, "self_attn", None)
+    if attention is not None:
+        # Keys are stored once more, after their rotation.
+        from transformers import AttentionInterface
+
+        AttentionInterface.register(_ATTENTION, _with_stored_keys)
+        attention.config._attn_implementation = _ATTENTION
+
+
+def _stored(x: Tensor) -> Tensor:
+    return x.to(torch.float16).float()
+
+
+def _on_input(change: Callable[[Tensor], Tensor]) -> Any:
+    return lambda _, inputs: (change(inputs[0]), *inputs[1:])
+
+
+def _on_output(_: nn.Module, __: Any, found: Tensor) -> Tensor:
+    return _stored(found)
+
+
+def _with_stored_keys(
+    module: nn.Module, query: Tensor, key: Tensor, *rest: Any, **named: Any
+) -> Any:
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    return sdpa_attention_forward(module, query, _stored(key), *rest, **named)
