@@ -17,12 +17,12 @@ from memladder import formats
 from memladder.formats.base import Format, Quantised
 from memladder.kernels.packed import PackedMatrix
 
-# float32: 4 MiB. A kernel holds up to about ten of them.
+# float32: 4 MiB. A kernel holds a few of them at a time.
 _TILE = 1 << 20
 _ROWS = 512
 _WEIGHT_ROWS = 512
-_WEIGHT_COLUMNS = 4096
-_KEYS = 512
+_WEIGHT_COLUMNS = 2048
+_KEYS = 256
 
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "": lambda x: x,
