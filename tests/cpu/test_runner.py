@@ -284,6 +284,7 @@ def test_zero_repeats_and_an_unwritable_log_are_refused(
             repeats=1,
             limits=LIMITS,
             log_path=tmp_path / "file" / "case.log",
+            module="scripted",
         )
 
 

@@ -1,0 +1,138 @@
+"""Whole narrow layers through pack, plan and execution, against Hugging Face's module in fp32."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from memladder import formats, models
+from memladder.case import Shape
+from memladder.engine import packed_layer, packing, programs
+from memladder.engine.execute import Execution
+from memladder.engine.plan import plan
+from memladder.errors import UnavailableError
+from memladder.kernels import naive
+from memladder.models import LayerConfig, reference, weights
+
+# transformers warns about its own code.
+pytestmark = pytest.mark.filterwarnings("default")
+
+BOUND = 2e-3
+
+
+@pytest.fixture(scope="module")
+def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+def config(model: str, **changes: Any) -> LayerConfig:
+    definition = models.definition(model)
+    return LayerConfig(model, definition.read({**definition.NARROW, **changes}))
+
+
+def execution(made: LayerConfig, shape: Shape, cache_dir: Path, **options: Any) -> Execution:
+    """The fp16 layer in an arena of NaN, its input in place."""
+    packed = packed_layer.load(packing.ensure(made, formats.get("fp16"), cache_dir, 0))
+    program = programs.definition(made.model).program(made.values, shape, None, **options)
+    planned = plan(program)
+    arena = torch.full((planned.nbytes,), 255, dtype=torch.uint8)
+    found = Execution(program, planned, packed, naive, arena)
+    weights.fill_hidden_states(found.input.numpy(), 0)
+    return found
+
+
+def error(made: LayerConfig, shape: Shape, cache_dir: Path, **options: Any) -> float:
+    found = execution(made, shape, cache_dir, **options)
+    found.run()
+    output = found.output.float().numpy().reshape(shape.batch_size, shape.seq_len, -1)
+    path = weights.ensure(made, cache_dir, 0)
+    return reference.error(output, reference.output(made, path, shape, 0))
+
+
+@pytest.mark.parametrize("model", ["llama", "bloom"])
+@pytest.mark.parametrize("shape", ["1x1", "32x1", "2x17", "3x600", "1x1025"])
+def test_the_layer_at_odd_shapes(model: str, shape: str, cache_dir: Path) -> None:
+    assert error(config(model), Shape.parse(shape), cache_dir) <= BOUND
+
+
+@pytest.mark.parametrize("model", ["llama", "bloom"])
+@pytest.mark.parametrize("chunk", [1, 7, 64, 4096])
+def test_the_layer_in_chunks_of_any_size(model: str, chunk: int, cache_dir: Path) -> None:
+    assert error(config(model), Shape(3, 50), cache_dir, chunk=chunk) <= BOUND
+
+
+@pytest.mark.parametrize(
+    ("model", "changes"),
+    [
+        ("llama", {"attention_bias": True, "mlp_bias": True}),
+        ("llama", {"hidden_act": "gelu"}),
+        ("llama", {"hidden_act": "gelu_new"}),
+        ("llama", {"hidden_act": "relu", "head_dim": 32}),
+        ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}),
+        (
+            "llama",
+            {
+                "rope_scaling": {
+                    "rope_type": "llama3",
+                    "factor": 8.0,
+                    "low_freq_factor": 1.0,
+                    "high_freq_factor": 4.0,
+                    "original_max_position_embeddings": 64,
+                }
+            },
+        ),
+        ("bloom", {"apply_residual_connection_post_layernorm": True}),
+        ("bloom", {"n_head": 8}),
+        ("bloom", {"n_head": 12}),
+    ],
+)
+def test_what_a_configuration_may_ask_for(
+    model: str, changes: Mapping[str, Any], cache_dir: Path
+) -> None:
+    assert error(config(model, **changes), Shape(2, 90), cache_dir) <= BOUND
+
+
+@pytest.mark.parametrize("model", ["llama", "bloom"])
+def test_an_input_that_is_to_be_kept_is_kept(model: str, cache_dir: Path) -> None:
+    shape = Shape(2, 300)
+    over = execution(config(model), shape, cache_dir)
+    over.run()
+    beside = execution(config(model), shape, cache_dir, in_place=False)
+    before = beside.input.clone()
+    beside.run()
+    assert torch.equal(beside.input, before)
+    assert torch.equal(beside.output, over.output)
+    beside.run()
+    assert torch.equal(beside.output, over.output)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "yarn", "longrope"])
+def test_positions_that_the_engine_lacks_are_refused_by_name(kind: str) -> None:
+    factors = {"short_factor": [1.0] * 32, "long_factor": [2.0] * 32} if kind == "longrope" else {}
+    scaling = {"rope_type": kind, "factor": 2.0, **factors}
+    values = config("llama", rope_scaling=scaling).values
+    with pytest.raises(UnavailableError, match=f"type '{kind}'; it has default, linear, llama3"):
+        programs.definition("llama").constants(values)
+
+
+def test_rotary_frequencies_are_the_papers() -> None:
+    # Su et al. 2021, section 3.2.2: theta_i = 10000^(-2 (i - 1) / d).
+    values = config("llama").values
+    found = programs.definition("llama").constants(values)["rotary.frequencies"].numpy()
+    np.testing.assert_allclose(found, 10000.0 ** (-2 * np.arange(32) / 64), rtol=1e-6)
+
+
+@pytest.mark.parametrize("heads", [1, 6, 8, 112])
+def test_alibi_slopes_are_transformers(heads: int) -> None:
+    from transformers.models.bloom.modeling_bloom import build_alibi_tensor
+
+    values = config("bloom", n_head=heads, hidden_size=heads * 16).values
+    found = programs.definition("bloom").constants(values)["alibi.slopes"]
+    # At position 1 the bias is the slope itself.
+    known = build_alibi_tensor(torch.ones(1, 2), heads, torch.float32)[:, 0, 1]
+    torch.testing.assert_close(found, known, rtol=1e-6, atol=0)
