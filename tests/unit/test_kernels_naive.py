@@ -203,16 +203,16 @@ def packed(name, n, k):
     layout = Layout.of(kind, n, k)
     dtype = kind.scale_dtype
     scales = None if dtype is None else torch.ones(kind.groups(k), n).to(dtype)
-    return PackedMatrix(kind, layout, torch.zeros(layout.shape, dtype=torch.uint8), scales)
+    return PackedMatrix(kind, layout, torch.zeros(layout.shape, dtype=torch.uint8).fill_(1), scales)
 
 def calls(kernel, m, k, n):
-    x, wide = torch.ones(m, k).half(), torch.empty(m, n).half()
+    x, wide = torch.ones(m, k).half(), torch.ones(m, n).half()
     if kernel == "attention":
         key = torch.ones(4 * m, k).half()
         return lambda: naive.attention(x, key, key, x, sequences=1, heads=k // 128,
                                        kv_heads=k // 128)
     if kernel == "quantise":
-        codes, scales = torch.empty(m, k, dtype=torch.uint8), torch.empty(m, 1)
+        codes, scales = torch.ones(m, k, dtype=torch.uint8), torch.ones(m, 1)
         return lambda: naive.quantise(x, codes, scales, format="fp8")
     if kernel == "rms_norm":
         return lambda: naive.rms_norm(x, x[0], x, eps=1e-5)
@@ -253,6 +253,4 @@ print(status("VmHWM:") - before)
 def test_temporaries_stay_below_64_mib(kernel: str, rows: int, k: int, n: int) -> None:
     command = [sys.executable, "-c", _TEMPORARIES, kernel, str(rows), str(k), str(max(n, 1))]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    # The output's pages are touched by the call itself, and are no temporaries.
-    own = 2 * rows * n + (rows * k if kernel == "quantise" else 0)
-    assert int(done.stdout) * 1024 - own <= 64 << 20
+    assert 1 << 20 < int(done.stdout) * 1024 <= 64 << 20

@@ -104,6 +104,7 @@ def test_biases_and_multi_head_attention_are_counted(tmp_path: Path) -> None:
         ({**LLAMA, "rms_norm_eps": 0}, "rms_norm_eps '0' is not a number above 0"),
         ({**LLAMA, "rms_norm_eps": "1e-5"}, "rms_norm_eps '1e-5' is not a number above 0"),
         ({**LLAMA, "rope_theta": float("nan")}, "rope_theta 'nan' is not a number above 0"),
+        ({**LLAMA, "rope_theta": 10**400}, "rope_theta '1000"),
         ({**LLAMA, "rope_scaling": 3}, "rope_parameters '3' is not an object"),
         ({**LLAMA, "rope_scaling": {"type": "magic"}}, "rope_type 'magic' is not one of"),
         ({**LLAMA, "hidden_act": "exec"}, "hidden_act 'exec' is not one of silu"),

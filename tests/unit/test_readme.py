@@ -6,17 +6,34 @@ import pytest
 
 from memladder.case import FIGURE_MODELS, FIGURE_SHAPES, Case
 from memladder.measure.record import Status
+from memladder.report import floor
 from memladder.sweep import store
 from memladder.units import mib
 
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize(("file", "device"), [("h100.json", "cuda:0"), ("cpu.json", "cpu")])
+H100 = ("h100.json", "cuda:0")
+CPU = ("cpu.json", "cpu")
+
+
 @pytest.mark.parametrize(
-    ("framework", "name"), [("pytorch", "PyTorch-Inductor"), ("onnxruntime", "ONNX Runtime")]
+    ("where", "framework", "name"),
+    [
+        (H100, "pytorch", "PyTorch-Inductor"),
+        (H100, "onnxruntime", "ONNX Runtime"),
+        (CPU, "pytorch", "PyTorch-Inductor"),
+        (CPU, "onnxruntime", "ONNX Runtime"),
+        (CPU, "ladder", "Ladder fp16"),
+        (CPU, "ladder_fp16_int4", "Ladder int4"),
+        (CPU, "ladder_fp16_nf4", "Ladder nf4"),
+        (CPU, "ladder_fp8_fp8", "Ladder fp8"),
+        (CPU, "ladder_mxfp8_mxfp8", "Ladder mxfp8"),
+        (CPU, "ladder_int8_int1", "Ladder int1"),
+    ],
 )
-def test_the_table_is_what_was_measured(file: str, device: str, framework: str, name: str) -> None:
+def test_the_table_is_what_was_measured(where: tuple[str, str], framework: str, name: str) -> None:
+    file, device = where
     records = {record.case: record for record in store.read(ROOT / "results" / file).records}
     expected = []
     for model in FIGURE_MODELS:
@@ -30,3 +47,11 @@ def test_the_table_is_what_was_measured(file: str, device: str, framework: str, 
     row = f"| {name}, {'CPU' if device == 'cpu' else 'H100'}"
     (line,) = [x for x in (ROOT / "README.md").read_text().splitlines() if x.startswith(row)]
     assert [cell.strip() for cell in line.split("|")[2:-1]] == expected
+
+
+def test_the_floor_page_is_what_was_measured() -> None:
+    records = store.read(ROOT / "results" / "cpu.json").records
+    rows = floor.rows(records)
+    assert len(rows) == 36
+    assert all(row.holds for row in rows)
+    assert floor.to_markdown(rows) in (ROOT / "docs" / "floor-cpu.md").read_text()

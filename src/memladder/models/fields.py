@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping
 from typing import Any
 
 from memladder.errors import ConfigError
 
 MAX_SIZE = 1 << 20
+_LARGEST = sys.float_info.max
 
 
 def _find(raw: Mapping[str, Any], names: tuple[str, ...]) -> Any:
@@ -34,7 +35,7 @@ def positive(raw: Mapping[str, Any], name: str, default: float) -> float:
     value = raw.get(name)
     if value is None:
         return default
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= _LARGEST:
         raise ConfigError(f"{name} {str(value)[:40]!r} is not a number above 0")
     return float(value)
 
