@@ -121,6 +121,21 @@ class Format(ABC):
         return 8 * self.row_bytes(columns) / columns
 
 
+@dataclass(frozen=True)
+class GroupedFormat(Format):
+    """A format whose group can be chosen: `group_size` neighbours along a row."""
+
+    group_size: int = 128
+
+    def __post_init__(self) -> None:
+        require_group(self.group_size)
+
+    @property
+    def group(self) -> int:
+        """As chosen."""
+        return self.group_size
+
+
 def grouped(values: Tensor, size: int) -> Tensor:
     """float32 [rows, groups, size]; a last group that is shorter is filled with zeros."""
     rows, columns = values.shape

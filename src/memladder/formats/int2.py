@@ -11,28 +11,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from memladder.formats.base import Format, Quantised, grouped, half, require_group, ungrouped
+from memladder.formats.base import GroupedFormat, Quantised, grouped, half, ungrouped
 
 STEP = 0.9957
 
 
 @dataclass(frozen=True)
-class Int2(Format):
+class Int2(GroupedFormat):
     """Codes 0 … 3 stand for −1½, −½, ½, 1½ steps."""
-
-    group_size: int = 128
 
     bits = 2
     scale_dtype = torch.float16
     source = "Max 1960, IRE Transactions on Information Theory 6(1), table II"
-
-    def __post_init__(self) -> None:
-        require_group(self.group_size)
-
-    @property
-    def group(self) -> int:
-        """As chosen."""
-        return self.group_size
 
     def quantise(self, values: Tensor) -> Quantised:
         """Nearest level; the step is 0.9957 root mean squares of the group."""

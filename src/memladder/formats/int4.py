@@ -13,34 +13,24 @@ import torch
 from torch import Tensor
 
 from memladder.formats.base import (
-    Format,
+    GroupedFormat,
     Quantised,
     absmax,
     grouped,
     half,
-    require_group,
     ungrouped,
 )
 
 
 @dataclass(frozen=True)
-class Int4(Format):
+class Int4(GroupedFormat):
     """Codes 0 … 15; 8, or else the group's zero point, stands for zero."""
 
-    group_size: int = 128
     zero_point: bool = False
 
     bits = 4
     scale_dtype = torch.float16
     source = "arXiv:2210.17323"
-
-    def __post_init__(self) -> None:
-        require_group(self.group_size)
-
-    @property
-    def group(self) -> int:
-        """As chosen."""
-        return self.group_size
 
     @property
     def has_zeros(self) -> bool:

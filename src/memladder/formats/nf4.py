@@ -13,13 +13,12 @@ import torch
 from torch import Tensor
 
 from memladder.formats.base import (
-    Format,
+    GroupedFormat,
     Quantised,
     absmax,
     grouped,
     half,
     lookup,
-    require_group,
     ungrouped,
 )
 
@@ -47,7 +46,7 @@ _NUMBERS = torch.tensor(CODE_BOOK)
 
 
 @dataclass(frozen=True)
-class Nf4(Format):
+class Nf4(GroupedFormat):
     """Codes are indices into the code book."""
 
     group_size: int = 64
@@ -55,14 +54,6 @@ class Nf4(Format):
     bits = 4
     scale_dtype = torch.float16
     source = "arXiv:2305.14314, section 3, appendix E"
-
-    def __post_init__(self) -> None:
-        require_group(self.group_size)
-
-    @property
-    def group(self) -> int:
-        """As chosen."""
-        return self.group_size
 
     def quantise(self, values: Tensor) -> Quantised:
         """Nearest number of the code book. A block of zeros has scale 0."""
