@@ -44,6 +44,9 @@ def test_norms(rows: int, columns: int) -> None:
     naive.layer_norm(x, weight, bias, x, eps=1e-5)
     expected = functional.layer_norm(x64, (columns,), weight.double(), bias.double(), 1e-5)
     assert error(x, expected) < 4e-4
+    x = normal(rows, columns)
+    naive.rms_norm(x, weight, x, eps=1e-5)
+    assert torch.equal(x, out)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -189,9 +192,22 @@ def test_attention(
     assert error(query, expected) < 5e-4
 
 
+def test_attention_bears_scores_that_exp_does_not() -> None:
+    # Scores of some ±50,000: e to the power of 89 is already beyond float32.
+    d, keys = 64, 700
+    query, key = 150 * normal(keys, d), 150 * normal(keys, d, seed=1)
+    value, out = normal(keys, d, seed=2), poisoned(keys, d)
+    naive.attention(query, key, value, out, sequences=1, heads=1, kv_heads=1)
+    scores = (query.double() @ key.double().t()) / d**0.5
+    assert float(scores.abs().max()) > 20_000
+    scores = scores.masked_fill(torch.ones(keys, keys, dtype=torch.bool).triu(1), -torch.inf)
+    assert error(out, scores.softmax(dim=1) @ value.double()) < 4e-4
+
+
 # A process of its own, so that its peak is the kernel's; warmed up, so that libraries are there.
+# What the allocator keeps of earlier blocks goes back first: a kernel could use it unseen.
 _TEMPORARIES = """
-import sys, torch
+import ctypes, sys, torch
 from pathlib import Path
 from memladder import formats
 from memladder.kernels import naive
@@ -207,21 +223,24 @@ def packed(name, n, k):
 
 def calls(kernel, m, k, n):
     x, wide = torch.ones(m, k).half(), torch.ones(m, n).half()
-    if kernel == "attention":
-        key = torch.ones(4 * m, k).half()
-        return lambda: naive.attention(x, key, key, x, sequences=1, heads=k // 128,
-                                       kv_heads=k // 128)
+    if kernel.startswith("attention"):
+        # attention:queries a sequence:keys a sequence:key and value heads
+        queries, keys, kv_heads = map(int, kernel.split(":")[1:])
+        key = torch.ones(m // queries * keys, 128 * kv_heads).half()
+        return lambda: naive.attention(x, key, key, x, sequences=m // queries, heads=k // 128,
+                                       kv_heads=kv_heads)
     if kernel == "quantise":
         codes, scales = torch.ones(m, k, dtype=torch.uint8), torch.ones(m, 1)
         return lambda: naive.quantise(x, codes, scales, format="fp8")
     if kernel == "rms_norm":
         return lambda: naive.rms_norm(x, x[0], x, eps=1e-5)
     weight = packed(kernel, n, k)
-    if kernel in ("fp8", "mxfp8"):
-        kind = formats.get(kernel)
+    activation = {"fp8": "fp8", "mxfp8": "mxfp8", "int1": "int8"}.get(kernel)
+    if activation:
+        kind = formats.get(activation)
         codes = torch.zeros(m, k, dtype=torch.uint8)
         scales = torch.ones(m, kind.groups(k)).to(kind.scale_dtype)
-        return lambda: naive.matmul(codes, weight, wide, scales=scales, format=kernel)
+        return lambda: naive.matmul(codes, weight, wide, scales=scales, format=activation)
     return lambda: naive.matmul(x, weight, wide)
 
 def status(name):
@@ -229,13 +248,21 @@ def status(name):
     return next(int(line.split()[1]) for line in lines if line.startswith(name))
 
 kernel, m, k, n = sys.argv[1], *map(int, sys.argv[2:])
-calls(kernel, 32, 1024, 256)()
+calls("attention:32:32:8" if kernel.startswith("attention") else kernel, 32, 1024, 256)()
 call = calls(kernel, m, k, n)
+ctypes.CDLL(None).malloc_trim(0)
 Path("/proc/self/clear_refs").write_text("5")
 before = status("VmRSS:")
 call()
 print(status("VmHWM:") - before)
 """
+
+
+TOO_LARGE = pytest.mark.xfail(
+    raises=AssertionError,
+    strict=True,
+    reason="attention sizes its tiles by keys alone: queries' width and group can exceed them",
+)
 
 
 @pytest.mark.parametrize(
@@ -245,7 +272,14 @@ print(status("VmHWM:") - before)
         ("nf4", 512, 8192, 28672),
         ("fp8", 512, 57344, 1024),
         ("mxfp8", 512, 57344, 1024),
-        ("attention", 512, 14336, 0),
+        ("int1", 512, 57344, 1024),
+        ("attention:512:4096:112", 512, 14336, 0),
+        ("attention:512:4096:8", 512, 8192, 0),
+        ("attention:1:4096:112", 1, 14336, 0),
+        # Many short sequences at once, and one key head for all queries: BUG, above the bound.
+        pytest.param("attention:1:1:112", 512, 14336, 0, marks=TOO_LARGE),
+        pytest.param("attention:16:16:112", 512, 14336, 0, marks=TOO_LARGE),
+        pytest.param("attention:512:1024:1", 512, 8192, 0, marks=TOO_LARGE),
         ("quantise", 512, 57344, 0),
         ("rms_norm", 512, 57344, 0),
     ],
