@@ -66,12 +66,19 @@ def test_the_layer_in_chunks_of_any_size(model: str, chunk: int, cache_dir: Path
     assert error(config(model), Shape(3, 50), cache_dir, chunk=chunk) <= BOUND
 
 
+@pytest.mark.parametrize("model", ["llama", "bloom"])
+def test_a_sequence_of_several_chunks_sees_its_earlier_ones(model: str, cache_dir: Path) -> None:
+    # The last chunk is one query over 193 keys.
+    assert error(config(model), Shape(2, 193), cache_dir, chunk=64) <= BOUND
+
+
 @pytest.mark.parametrize(
     ("model", "changes"),
     [
         ("llama", {"attention_bias": True, "mlp_bias": True}),
         ("llama", {"hidden_act": "gelu"}),
         ("llama", {"hidden_act": "gelu_new"}),
+        ("llama", {"hidden_act": "gelu_pytorch_tanh", "num_key_value_heads": 4}),
         ("llama", {"hidden_act": "relu", "head_dim": 32}),
         ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}),
         (
@@ -109,6 +116,18 @@ def test_an_input_that_is_to_be_kept_is_kept(model: str, cache_dir: Path) -> Non
     assert torch.equal(beside.output, over.output)
     beside.run()
     assert torch.equal(beside.output, over.output)
+
+
+def test_a_weight_that_the_layer_lacks_is_not_left_out(cache_dir: Path) -> None:
+    made = config("bloom")
+    packed = packed_layer.load(packing.ensure(made, formats.get("fp16"), cache_dir, 0))
+    # A bias is optional to the kernel: without an error the layer would be computed without it.
+    del packed.vectors["up.bias"]
+    program = programs.definition("bloom").program(made.values, Shape(1, 1), None)
+    planned = plan(program)
+    arena = torch.empty(planned.nbytes, dtype=torch.uint8)
+    with pytest.raises(KeyError, match=r"up\.bias"):
+        Execution(program, planned, packed, naive, arena)
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "yarn", "longrope"])
