@@ -110,8 +110,10 @@ def attention(
     q, o = (x.view(sequences, queries, kv_heads, group, d).permute(0, 2, 3, 1, 4)
             for x in (query, out))  # fmt: skip
     k, v = (x.view(sequences, keys, kv_heads, d).transpose(1, 2) for x in (key, value))
-    rows = min(queries, _ROWS)
-    heads_at_once = max(1, _TILE // (group * rows * min(keys, _KEYS)))
+    # Of queries, scores, keys and values, none is wider than a tile of the widest.
+    widest = max(d, min(keys, _KEYS))
+    rows = max(1, min(queries, _ROWS, _TILE // (group * widest)))
+    heads_at_once = max(1, _TILE // max(group * rows * widest, min(keys, _KEYS) * d))
     sequences_at_once = max(1, heads_at_once // kv_heads)
     for s in _blocks(sequences, sequences_at_once):
         for h in _blocks(kv_heads, heads_at_once):
