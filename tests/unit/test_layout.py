@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -15,7 +14,6 @@ from torch import Tensor
 from memladder import formats
 from memladder.errors import FormatError
 from memladder.formats.base import Format, Quantised
-from memladder.formats.int4 import Int4
 from memladder.kernels.layout import Layout
 from memladder.kernels.packed import PackedMatrix, matrix_bytes
 
@@ -100,7 +98,7 @@ def test_unpacking_is_the_inverse_of_packing(spec: str, rows: int, columns: int,
 def test_whole_tiles_take_exactly_their_bits(spec: str) -> None:
     kind = formats.get(spec)
     bits = STORED_BITS[spec.partition(":")[0]]
-    for rows, columns in ((64, 128), (192, 384), (1, 128), (2, 256), (32, 640), (128, 1024)):
+    for rows, columns in ((64, 512), (192, 1536), (1, 512), (2, 1024), (32, 2560), (128, 1024)):
         matrix = any_matrix(kind, rows, columns)
         packed = PackedMatrix.pack(kind, matrix)
         assert packed.codes.nbytes == packed.layout.nbytes == bits * rows * columns // 8
@@ -118,97 +116,110 @@ def test_the_figures_weights_have_no_padding(spec: str, rows: int, columns: int)
 
 
 def test_what_padding_takes() -> None:
-    # 3 rows are padded to 4, 70 to two tiles of 64; columns to tiles of 128.
+    # 3 rows are padded to 4, 70 to two tiles of 64; columns to tiles of 64 bytes.
     assert matrix_bytes(formats.get("int4"), 3, 130) == 4 * 256 // 2 + 3 * 2 * 2
-    assert matrix_bytes(formats.get("int1"), 70, 128) == 128 * 128 // 8 + 70 * 2
+    assert matrix_bytes(formats.get("int2"), 3, 130) == 4 * 256 // 4 + 3 * 2 * 2
+    assert matrix_bytes(formats.get("int1"), 70, 513) == 128 * 1024 // 8 + 70 * 2
     assert matrix_bytes(formats.get("int4:zero_point=true"), 1, 1) == 128 // 2 + 3
     # Rows of 8 and 16 bits are padded to 16 bytes.
     assert matrix_bytes(formats.get("fp16"), 3, 9) == 3 * 32
     assert matrix_bytes(formats.get("mxfp8"), 3, 33) == 3 * 48 + 3 * 2
 
 
-def first_word(spec: str, codes: list[int]) -> int:
-    """The first 32 bits of a row of 256 codes that begins with these."""
-    row = torch.zeros(1, 256, dtype=torch.uint8)
-    row[0, : len(codes)] = torch.tensor(codes)
-    packed = PackedMatrix.pack(formats.get(spec), Quantised(row))
-    data = packed.codes.numpy().tobytes()
-    assert not any(data[4:])
-    return int.from_bytes(data[:4], "little")
+def thread_columns(lanes: int, step: int, thread: int) -> list[int]:
+    """Columns of a tensor core's operand that one of four threads has of one row, in one step.
+
+    PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point type", A: a0 … a3 lie at
+    2t, 2t + 1, a4 … at 2t + 8, 2t + 9; for mma.m16n8k32 with 8 bits at 4t … 4t + 3 and 16 on.
+    """
+    half = 4 * lanes
+    start = 2 * half * step
+    return [start + h * half + thread * lanes + lane for h in (0, 1) for lane in range(lanes)]
 
 
-def test_a_words_codes_by_hand() -> None:
-    # Two lanes of 4 bits: even codes in the low half, odd codes in the high half.
-    word = first_word("int4", [0, 1, 2, 3, 4, 5, 6, 7])
-    assert word == 0x7531_6420
-    # Codes 2 and 3; 6 and 7.
-    assert (word >> 4) & 0x000F_000F == 0x0003_0002
-    assert (word >> 12) & 0x000F_000F == 0x0007_0006
-    # Two lanes of 2 bits: 3·4³ + 2·4² + 1·4 + 0 = 0xE4 below 0·4³ + 1·4² + 2·4 + 3 = 0x1B; odd: 1s.
-    word = first_word("int2", [0, 1, 1, 1, 2, 1, 3, 1, 3, 1, 2, 1, 1, 1, 0, 1])
-    assert word == 0x5555_1BE4
-    assert (word >> 8) & 0x0003_0003 == 0x0001_0003
-    # Four lanes of 1 bit: code 4j + i is bit j of byte i.
-    assert first_word("int1", [0, 0, 0, 0, 0, 1]) == 0x0000_0200
-    assert first_word("int1", [1, 1, 1, 1, 0, 0, 0, 1]) == 0x0301_0101
-    assert first_word("int1", [0] * 28 + [1, 0, 0, 1]) == 0x8000_0080
+def words(spec: str, matrix: Quantised) -> list[int]:
+    """32 bits at a time, in the order of memory."""
+    packed = PackedMatrix.pack(formats.get(spec), matrix)
+    found: list[int] = packed.codes.numpy().reshape(-1).view("<u4").tolist()
+    return found
 
 
 @pytest.mark.parametrize(
-    ("spec", "lanes", "mask"),
+    ("spec", "lanes", "mask", "per_word"),
     [
-        ("int4", 2, 0x000F_000F),
-        ("nf4", 2, 0x000F_000F),
-        ("mxfp4", 2, 0x000F_000F),
-        ("int2", 2, 0x0003_0003),
-        ("int1", 4, 0x0101_0101),
+        ("int4", 2, 0x000F_000F, 8),
+        ("int2", 2, 0x0003_0003, 16),
+        ("int1", 4, 0x0101_0101, 32),
     ],
 )
-def test_a_shift_and_a_mask_unpack_lanes(spec: str, lanes: int, mask: int) -> None:
+def test_a_shift_and_a_mask_leave_what_a_thread_multiplies(
+    spec: str, lanes: int, mask: int, per_word: int
+) -> None:
     kind = formats.get(spec)
-    matrix = any_matrix(kind, 1, 128)
-    words = PackedMatrix.pack(kind, matrix).codes.numpy().reshape(-1).view("<u4")
+    tile = 16 * per_word
+    matrix = any_matrix(kind, 1, 2 * tile)
     codes = matrix.codes[0].tolist()
+    found = words(spec, matrix)
     width = 32 // lanes
-    steps = width // kind.bits
-    # One row: its words follow each other.
-    found = []
-    for word in words.tolist():
-        for j in range(steps):
-            masked = (word >> kind.bits * j) & mask
-            found += [(masked >> width * lane) & 0xFFFF_FFFF >> 32 - width for lane in range(lanes)]
-    assert found == codes
+    for column_tile in (0, 1):
+        for thread in range(4):
+            # Four words, one after the other, are the thread's share of the whole tile.
+            own = found[16 * column_tile + 4 * thread :][:4]
+            unpacked = [
+                ((word >> kind.bits * j) & mask) >> width * lane & 0xFFFF_FFFF >> 32 - width
+                for word in own
+                for j in range(per_word // lanes)
+                for lane in range(lanes)
+            ]
+            steps = range(tile // (8 * lanes))
+            expected = [c for step in steps for c in thread_columns(lanes, step, thread)]
+            assert unpacked == [codes[tile * column_tile + column] for column in expected]
+
+
+@pytest.mark.parametrize("spec", ["nf4", "mxfp4"])
+def test_codes_for_byte_permutation_are_in_order(spec: str) -> None:
+    matrix = any_matrix(formats.get(spec), 1, 128)
+    codes = matrix.codes[0].tolist()
+    for number, word in enumerate(words(spec, matrix)):
+        thread, first = divmod(number, 4)
+        columns = thread_columns(2, 2 * first, thread) + thread_columns(2, 2 * first + 1, thread)
+        assert [word >> 4 * i & 15 for i in range(8)] == [codes[column] for column in columns]
+
+
+def test_a_words_codes_by_hand() -> None:
+    row = torch.zeros(1, 128, dtype=torch.uint8)
+    # What the second thread's first word has: columns 2, 3, 10, 11, 18, 19, 26, 27.
+    row[0, [2, 3, 10, 11, 18, 19, 26, 27]] = torch.arange(1, 9, dtype=torch.uint8)
+    found = words("int4", Quantised(row))
+    assert found[4] == 0x8642_7531
+    assert not any(found[:4] + found[5:])
+    assert words("nf4", Quantised(row, torch.zeros(1, 2).half()))[4] == 0x8765_4321
 
 
 def place(row: int, column: int, columns: int, bits: int, lanes: int, rows: int) -> tuple[int, int]:
-    """Byte and bit of a code in a matrix of `columns`, in tiles of `rows` × 128: 1, 2, 4 bits."""
+    """Byte and bit of a code in a matrix of `columns`, in tiles of `rows`: 1, 2, 4 bits."""
+    width = 512 // bits
     row_tile, row = divmod(row, rows)
-    column_tile, column = divmod(column, 128)
-    chunk, column = divmod(column, 128 // bits)
-    word, column = divmod(column, 32 // bits)
-    # Neighbours lie in neighbouring lanes, `lanes` codes on they are in the same one again.
-    position, lane = divmod(column, lanes)
-    bit = 32 // lanes * lane + bits * position
-    tile = row_tile * -(-columns // 128) + column_tile
-    start = (tile * bits + chunk) * rows + row  # a row of a tile has `bits` chunks
-    return 16 * start + 4 * word + bit // 8, bit % 8
+    column_tile, column = divmod(column, width)
+    rest, lane = divmod(column, lanes)
+    rest, thread = divmod(rest, 4)
+    word, pair = divmod(rest, 32 // bits // lanes)
+    bit = 32 // lanes * lane + bits * pair
+    tile = row_tile * -(-columns // width) + column_tile
+    start = (tile * rows + row) * 64
+    return start + 16 * thread + 4 * word + bit // 8, bit % 8
 
 
 @pytest.mark.parametrize(("bits", "lanes"), [(1, 4), (1, 2), (2, 2), (2, 4), (4, 2), (4, 4)])
-@pytest.mark.parametrize(("rows", "columns", "tile"), [(70, 300, 64), (3, 257, 4), (1, 100, 1)])
+@pytest.mark.parametrize(("rows", "columns", "tile"), [(70, 300, 64), (3, 257, 4), (1, 600, 1)])
 def test_every_code_is_where_arithmetic_says(
     bits: int, lanes: int, rows: int, columns: int, tile: int
 ) -> None:
-    @dataclass(frozen=True)
-    class Codes(Int4):
-        """Only bits and lanes matter here."""
-
-    Codes.bits, Codes.lanes = bits, lanes
-    layout = Layout.of(Codes(), rows, columns)
+    layout = Layout(rows, columns, bits, lanes, tile_rows=tile)
     codes = np.random.default_rng(bits).integers(1 << bits, size=(rows, columns), dtype=np.uint8)
     stored = layout.pack(torch.from_numpy(codes)).numpy().reshape(-1)
     # Padding is code 0: what is nobody's place stays zero.
-    expected = np.zeros(-(-rows // tile) * tile * -(-columns // 128) * 128 * bits // 8, np.uint8)
+    expected = np.zeros(-(-rows // tile) * tile * -(-columns * bits // 512) * 64, np.uint8)
     for (row, column), code in np.ndenumerate(codes):
         byte, bit = place(row, column, columns, bits, lanes, tile)
         expected[byte] |= code << bit
@@ -281,7 +292,7 @@ def test_tiles_that_cut_through_groups_are_refused() -> None:
 def test_bits_that_fill_no_byte_are_refused(bits: int) -> None:
     line = f"^codes of {bits} bits fill no bytes; allowed: 1, 2, 4, 8, 16$"
     with pytest.raises(FormatError, match=line):
-        Layout(64, 128, bits, 2, 64, 128)
+        Layout(64, 128, bits)
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(0, 128), (64, 0)])

@@ -85,7 +85,7 @@ def test_a_rewritten_file_is_still_good(path: Path) -> None:
 
 
 DAMAGED_METADATA = [
-    ({"memladder_packed": "0"}, "packed by recipe '0'; this version reads 1"),
+    ({"memladder_packed": "0"}, "packed by recipe '0'; this version reads 2"),
     ({"memladder_packed": "2\n" * 90}, "packed by recipe '2"),
     ({"format": "int3"}, "unknown format 'int3'"),
     ({"format": "int4:group_size=100"}, "group_size 100"),

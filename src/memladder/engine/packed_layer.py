@@ -27,7 +27,7 @@ from memladder.kernels.packed import PackedMatrix
 from memladder.models import LayerConfig
 
 # Part of the metadata: a file in another order is another file.
-RECIPE = "1"
+RECIPE = "2"
 _KEYS = ("memladder_packed", "format", "model", "config")
 
 Table = dict[str, tuple[torch.dtype, tuple[int, ...]]]

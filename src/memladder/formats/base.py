@@ -46,8 +46,8 @@ class Format(ABC):
     is_activation: ClassVar[bool] = False
     is_integer: ClassVar[bool] = False
     """Whether a row is integers times one scale, so that products add up as integers."""
-    lanes: ClassVar[int] = 2
-    """How many codes a kernel unpacks from a 32-bit word at once (`Layout.lanes`)."""
+    is_interleaved: ClassVar[bool] = True
+    """Whether a word's codes are ordered for shifts and masks (`Layout.interleaved`)."""
 
     def __str__(self) -> str:
         given = [

@@ -27,7 +27,6 @@ class Fp8(Format):
     bits = 8
     source = "arXiv:2209.05433"
     is_activation = True
-    lanes = 4
 
     def __post_init__(self) -> None:
         choose("fp8: element", self.element, tuple(ELEMENTS))

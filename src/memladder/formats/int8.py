@@ -22,7 +22,6 @@ class Int8(Format):
     source = "arXiv:2310.11453, section 2.2"
     is_activation = True
     is_integer = True
-    lanes = 4
 
     def quantise(self, values: Tensor) -> Quantised:
         """Nearest, ties to even. A row of zeros has scale 1."""

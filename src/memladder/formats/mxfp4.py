@@ -28,6 +28,7 @@ class Mxfp4(Format):
     bits = 4
     scale_dtype = torch.uint8
     source = "OCP Microscaling Formats (MX) v1.0, section 5.3.3"
+    is_interleaved = False
 
     @property
     def group(self) -> int:

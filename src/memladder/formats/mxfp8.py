@@ -25,7 +25,6 @@ class Mxfp8(Format):
     scale_dtype = torch.uint8
     source = "OCP Microscaling Formats (MX) v1.0, section 5.3.1"
     is_activation = True
-    lanes = 4
 
     def __post_init__(self) -> None:
         choose("mxfp8: element", self.element, tuple(ELEMENTS))

@@ -54,6 +54,7 @@ class Nf4(GroupedFormat):
     bits = 4
     scale_dtype = torch.float16
     source = "arXiv:2305.14314, section 3, appendix E"
+    is_interleaved = False
 
     def quantise(self, values: Tensor) -> Quantised:
         """Nearest number of the code book. A block of zeros has scale 0."""

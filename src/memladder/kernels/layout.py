@@ -1,19 +1,25 @@
 """In which order a packed weight's codes lie in memory: the order in which kernels read them.
 
-A chunk is 16 bytes: neighbouring codes of one output row along K, what one GPU thread loads at
-once. Chunks of `tile_rows` rows lie next to each other, so that a warp's threads, one a row, read
-512 contiguous bytes; a tile of `tile_rows` × `tile_columns` codes is one contiguous block, and
-tiles follow each other along K, then along the rows:
+Tensor cores take the weight from registers: of a step along K, each of four neighbouring threads
+has its row's numbers t · lanes … in both halves of the step (PTX ISA, fragments of `mma.m16n8k16`
+for two lanes, of `m16n8k32` for four; `wgmma`'s are the same). A chunk is 16 bytes, what a thread
+loads at once: all that one thread needs of one row for as many steps as fill it. A row's four
+chunks follow each other, then the rows of a tile, so that a warp, eight rows by four threads,
+reads 512 contiguous bytes. Tiles follow each other along K, then along the rows:
 
-    stored uint8 [row_tiles, column_tiles, chunks, tile_rows, 16]
+    stored uint8 [row_tiles, column_tiles, tile_rows, 64]
+    a tile's column = ((word · pairs + pair) · 4 + chunk) · lanes + lane
 
-Inside each 32-bit word of a chunk the codes are interleaved for `lanes`, the numbers that a kernel
-unpacks at once: with 2 lanes a shift and a mask leave codes 2j and 2j + 1 in the low and the high
-half of the word, where a float16 pair can be made of them (`(word >> 4j) & 0x000F000F` for 4 bits);
-with 4 lanes codes 4j … 4j + 3 in the four bytes, ready for an int8 dot product. Kim et al. 2022,
-"Who Says Elephants Can't Run" (arXiv:2211.10017), section 3.2 introduced this interleaving; the
-order across threads is chosen as in Marlin (Frantar et al. 2024, arXiv:2408.11743, section 3.4),
-so that packing pays for it once.
+with 4 words of 32 bits in a chunk and `pairs` · `lanes` codes in a word. What comes out of an
+unpacked word then lies in the thread, and at the place, where the product wants it: nothing is
+exchanged between threads. Marlin (Frantar et al. 2024, arXiv:2408.11743, section 3.4) orders its
+weights for the same reason.
+
+Inside a word the codes are interleaved for what a kernel unpacks at once: a shift and a mask leave
+the lanes of one pair in the low and the high half of the word, where a float16 pair can be made of
+them (`(word >> 4j) & 0x000F000F` for 4 bits), or in its four bytes (`(word >> j) & 0x01010101` for
+1 bit): Kim et al. 2022, "Who Says Elephants Can't Run" (arXiv:2211.10017), section 3.2. A format
+whose codes are looked up by byte permutation has them in order instead (`interleaved` is false).
 
 Codes of 8 and 16 bits need no unpacking: their rows are left whole, as tensor memory copies and
 tensor cores want them; a tile then is one chunk of one row.
@@ -34,55 +40,69 @@ from memladder.errors import FormatError
 from memladder.formats.base import Format
 
 CHUNK_BYTES = 16
-_WORD_BYTES = 4
+CHUNKS = 4
+"""Threads that share a row."""
+_WORD_BITS = 32
+_WORDS = 8 * CHUNK_BYTES // _WORD_BITS
 _TILE_ROWS = 64
-_TILE_COLUMNS = 128
 
 
 @dataclass(frozen=True)
 class Layout:
     """The place of every code of a matrix [rows, columns] of `bits`-bit codes.
 
-    `tile_columns` is a multiple of a chunk's codes. Raises FormatError for bits that fill no byte.
+    `lanes` are the numbers that one thread's register takes of a product's operand: 2 of 16 bits,
+    4 of 8. Raises FormatError for bits that fill no byte.
     """
 
     rows: int
     columns: int
     bits: int
-    lanes: int
-    tile_rows: int
-    tile_columns: int
+    lanes: int = 2
+    interleaved: bool = True
+    tile_rows: int = 1
 
     def __post_init__(self) -> None:
         if self.bits not in (1, 2, 4, 8, 16):
             raise FormatError(f"codes of {self.bits} bits fill no bytes; allowed: 1, 2, 4, 8, 16")
         if min(self.rows, self.columns) < 1:
             raise FormatError(f"a matrix of {self.rows} rows and {self.columns} columns is empty")
-        assert self.tile_columns % self.chunk == 0
+        # In order, a byte holds the lanes of one pair; interleaved, some pairs of one lane.
+        assert self.interleaved or self.lanes * self.bits == 8
 
     @classmethod
     def of(cls, kind: Format, rows: int, columns: int) -> Layout:
         """The layout for a format and a shape."""
-        chunk = 8 * CHUNK_BYTES // kind.bits
         if kind.bits >= 8:
-            return cls(rows, columns, kind.bits, kind.lanes, 1, chunk)
+            return cls(rows, columns, kind.bits)
         tile_rows = min(_TILE_ROWS, 1 << (rows - 1).bit_length())
-        return cls(rows, columns, kind.bits, kind.lanes, tile_rows, max(chunk, _TILE_COLUMNS))
+        lanes = 4 if kind.is_integer else 2
+        return cls(rows, columns, kind.bits, lanes, kind.is_interleaved, tile_rows)
 
     @property
-    def chunk(self) -> int:
-        """Codes in 16 bytes."""
-        return 8 * CHUNK_BYTES // self.bits
+    def is_packed(self) -> bool:
+        """Whether several codes share a byte."""
+        return self.bits < 8
 
     @property
-    def shape(self) -> tuple[int, int, int, int, int]:
-        """Of the stored bytes: row tiles, column tiles, chunks, rows of a tile, 16."""
+    def pairs(self) -> int:
+        """Groups of `lanes` codes in a word."""
+        return _WORD_BITS // self.bits // self.lanes
+
+    @property
+    def tile_columns(self) -> int:
+        """Codes of a row of a tile."""
+        chunk = 8 * CHUNK_BYTES // self.bits
+        return CHUNKS * chunk if self.is_packed else chunk
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Of the stored bytes: row tiles, column tiles, rows of a tile, bytes of such a row."""
         return (
             -(-self.rows // self.tile_rows),
             -(-self.columns // self.tile_columns),
-            self.tile_columns // self.chunk,
             self.tile_rows,
-            CHUNK_BYTES,
+            CHUNKS * CHUNK_BYTES if self.is_packed else CHUNK_BYTES,
         )
 
     @property
@@ -102,16 +122,15 @@ class Layout:
         )
         if any(padding):
             codes = functional.pad(codes, padding)
-        if self.bits >= 8:
+        if not self.is_packed:
             return codes.contiguous().view(torch.uint8).view(tiles, *self.shape[1:])
-        places = codes.t().contiguous().view(self.shape[1], *self._places, -1)
-        byte = places[..., 0, :, :].clone()
-        for place in range(1, 8 // self.bits):
-            byte |= places[..., place, :, :] << place * self.bits
-        _, column_tiles, chunks, tile_rows, _ = self.shape
-        # [column tiles, chunks, words, bytes of a lane, lanes, rows]
-        byte = byte.transpose(3, 4).reshape(column_tiles, chunks, CHUNK_BYTES, tiles, tile_rows)
-        return byte.permute(3, 0, 1, 4, 2).contiguous()
+        places = self._places(codes.t().contiguous())
+        byte = places[0].contiguous()
+        for number, place in enumerate(places[1:], start=1):
+            byte |= place << number * self.bits
+        _, column_tiles, tile_rows, row_bytes = self.shape
+        byte = byte.view(column_tiles, row_bytes, tiles, tile_rows)
+        return byte.permute(2, 0, 3, 1).contiguous()
 
     def unpack(self, stored: Tensor, columns: int) -> Tensor:
         """Stored bytes [row tiles, column tiles, …], any tiles of the matrix, to codes.
@@ -119,27 +138,30 @@ class Layout:
         Codes are [rows, columns], where `rows` are those of the tiles, padding included, and
         `columns` of the tiles' columns are kept. Below 8 bits their memory runs along the rows.
         """
-        tiles, column_tiles, chunks, tile_rows, _ = stored.shape
+        tiles, column_tiles, tile_rows, row_bytes = stored.shape
         rows = tiles * tile_rows
-        if self.bits >= 8:
+        if not self.is_packed:
             codes = stored.reshape(rows, -1)
             return (codes.view(torch.int16) if self.bits == 16 else codes)[:, :columns]
-        words, lane_bytes, places, lanes = self._places[1:]
-        byte = stored.permute(1, 2, 4, 0, 3).reshape(column_tiles, chunks, words, lanes, -1, rows)
-        byte = byte.transpose(3, 4)
-        codes = torch.empty(
-            column_tiles, chunks, words, lane_bytes, places, lanes, rows, dtype=torch.uint8
-        )
+        byte = stored.permute(1, 3, 0, 2).reshape(column_tiles, row_bytes, rows)
+        codes = torch.empty(column_tiles * self.tile_columns, rows, dtype=torch.uint8)
         mask = (1 << self.bits) - 1
-        for place in range(places):
-            target = codes[..., place, :, :]
-            torch.bitwise_right_shift(byte, place * self.bits, out=target)
-            target &= mask
-        return codes.view(column_tiles * self.tile_columns, rows)[:columns].t()
+        for number, place in enumerate(self._places(codes)):
+            torch.bitwise_right_shift(byte.view(place.shape), number * self.bits, out=place)
+            place &= mask
+        return codes[:columns].t()
 
-    @property
-    def _places(self) -> tuple[int, int, int, int, int]:
-        """How a tile's columns are told apart, below 8 bits, from the slowest to the fastest:
-        chunks, words of a chunk, bytes of a lane, places in a byte, lanes."""
-        words = CHUNK_BYTES // _WORD_BYTES
-        return self.shape[2], words, _WORD_BYTES // self.lanes, 8 // self.bits, self.lanes
+    def _places(self, codes: Tensor) -> list[Tensor]:
+        """Views of codes [columns, rows], one for each place of a code in a byte.
+
+        Each is [column tiles, chunks, words, …, rows], and, but for what is interleaved, in the
+        order of the stored bytes.
+        """
+        rows = codes.shape[1]
+        # [column tiles, words, pairs, chunks, lanes, rows]
+        parts = codes.view(-1, _WORDS, self.pairs, CHUNKS, self.lanes, rows)
+        if not self.interleaved:
+            return list(parts.permute(4, 0, 3, 1, 2, 5))
+        # A byte has neighbouring pairs of one lane.
+        ordered = parts.view(*parts.shape[:2], -1, 8 // self.bits, *parts.shape[3:])
+        return list(ordered.permute(3, 0, 4, 1, 5, 2, 6))

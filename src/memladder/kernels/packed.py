@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import Tensor
 
@@ -24,6 +25,11 @@ class PackedMatrix:
     codes: Tensor
     scales: Tensor | None = None
     zeros: Tensor | None = None
+
+    @cached_property
+    def top(self) -> int:
+        """The largest stored scale: what float16 holds of E8M0 scales is relative to it."""
+        return 0 if self.scales is None else int(self.scales.max())
 
     @property
     def rows(self) -> int:

@@ -134,16 +134,19 @@ def attention_block(
     for first, count in builder.sequences():
         start, rows = first * seq_len, count * seq_len
         key, value = builder.new("key", rows, width), builder.new("value", rows, width)
-        for at, size in builder.chunks(start, rows):
+        chunks = list(builder.chunks(start, rows))
+        for at, size in chunks:
             normed = _norm(builder, "attention_norm", norm, Rows(builder.input, at, size))
             for target in (key, value):
                 part = Rows(target.buffer, at - start, size)
                 builder.linear("key" if target is key else "value", normed, part)
                 if target is key and attention.positions == "rotary":
                     _rotate(builder, part, attention, at - start)
-        for at, size in builder.chunks(start, rows):
+        for at, size in chunks:
             source = Rows(builder.input, at, size)
-            normed = _norm(builder, "attention_norm", norm, source)
+            if len(chunks) > 1:
+                # Of several chunks only the last one's would still be there.
+                normed = _norm(builder, "attention_norm", norm, source)
             query = builder.linear(
                 "query",
                 normed,

@@ -1,0 +1,182 @@
+"""From packed words to numbers: portable Triton for every format, PTX for those that pay.
+
+A word holds `PAIRS` groups of `LANES` codes (`kernels.layout`). The portable way unpacks them one
+by one and runs anywhere, Triton's interpreter included; the PTX of a format unpacks a word at once,
+as float16 pairs, and must give the same numbers bit by bit.
+"""
+
+from __future__ import annotations
+
+import struct
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+
+from memladder import formats
+
+INTERPRETED = triton.knobs.runtime.interpret
+"""Triton's interpreter knows no PTX."""
+
+# Takes a word apart: codes at bits 4j and 16 + 4j become the float16 pair j, less 8. With the
+# exponent of 1024 in front a code is a float16's last bits, or times 16 the next ones (Kim et al.
+# 2022, arXiv:2211.10017, section 3.2).
+_INT4 = """
+.reg .b32 p<4>, half, offset, sixteenth, offsets;
+mov.b32 offset, 0x64086408;
+mov.b32 sixteenth, 0x2c002c00;
+mov.b32 offsets, 0xd480d480;
+lop3.b32 p0, {word}, 0x000f000f, 0x64006400, 0xEA;
+lop3.b32 p1, {word}, 0x00f000f0, 0x64006400, 0xEA;
+shr.u32 half, {word}, 8;
+lop3.b32 p2, half, 0x000f000f, 0x64006400, 0xEA;
+lop3.b32 p3, half, 0x00f000f0, 0x64006400, 0xEA;
+sub.f16x2 p0, p0, offset;
+fma.rn.f16x2 p1, p1, sixteenth, offsets;
+sub.f16x2 p2, p2, offset;
+fma.rn.f16x2 p3, p3, sixteenth, offsets;
+"""
+
+# Four codes of 4 bits pick four bytes of a table of 16 in three permutations: of its lower and of
+# its upper half by three bits each, then between the two by the fourth.
+_LOOKUP = """
+.reg .b32 p<4>, codes, low, high, which, first, second;
+{tables}
+"""
+_LOOKUP_HALF = """
+{shift}
+and.b32 low, codes, 0x7777;
+shr.u32 high, codes, 1;
+lop3.b32 which, high, 0x4444, 0x3210, 0xEA;
+prmt.b32 first, l0, l1, low;
+prmt.b32 second, l2, l3, low;
+prmt.b32 first, first, second, which;
+prmt.b32 second, h0, h1, low;
+prmt.b32 high, h2, h3, low;
+prmt.b32 second, second, high, which;
+prmt.b32 p{0}, first, second, 0x5140;
+prmt.b32 p{1}, first, second, 0x7362;
+"""
+
+_TAKE = "".join(f"mov.b32 {{${2 * j}, ${2 * j + 1}}}, p{j};\n" for j in range(4))
+
+# The same pairs times those of an activation, $2 … $5: four products in float16 each lane, then
+# float32. $1 is the word.
+_DOT = """
+.reg .b32 sum; .reg .b16 a, b; .reg .f32 x, y;
+mul.rn.f16x2 sum, p0, $2;
+fma.rn.f16x2 sum, p1, $3, sum;
+fma.rn.f16x2 sum, p2, $4, sum;
+fma.rn.f16x2 sum, p3, $5, sum;
+mov.b32 {a, b}, sum;
+cvt.f32.f16 x, a;
+cvt.f32.f16 y, b;
+add.f32 $0, x, y;
+"""
+
+
+@lru_cache
+def numbers(spec: str) -> tuple[float, ...]:
+    """What each code of a format stands for, before its scale."""
+    kind = formats.get(spec)
+    codes = torch.arange(1 << kind.bits, dtype=torch.uint8).unsqueeze(0)
+    return tuple(kind.decode(codes)[0].tolist())
+
+
+def affine(values: tuple[float, ...]) -> tuple[float, float] | None:
+    """Step and offset of evenly spaced numbers; None for others."""
+    step = values[1] - values[0]
+    even = all(value == values[0] + step * code for code, value in enumerate(values))
+    return (step, values[0]) if even else None
+
+
+def unpack_ptx(spec: str, interleaved: bool) -> str:
+    """Word $8 to float16 $0 … $7; empty where a format has only the portable way."""
+    body = _body(spec, interleaved, "$8")
+    return f"{{\n{body}{_TAKE}}}" if body else ""
+
+
+def dot_ptx(spec: str, interleaved: bool) -> str:
+    """Word $1 times the float16 pairs $2 … $5, summed to float32 $0; or empty."""
+    body = _body(spec, interleaved, "$1")
+    return f"{{\n{body}{_DOT}}}" if body else ""
+
+
+def _body(spec: str, interleaved: bool, word: str) -> str:
+    values = numbers(spec)
+    if INTERPRETED or len(values) != 16:
+        return ""
+    if interleaved:
+        return _INT4.replace("{word}", word) if affine(values) == (1.0, -8.0) else ""
+    halves = [struct.pack("<e", value) for value in values]
+    tables = []
+    for name, byte in (("l", 0), ("h", 1)):
+        for quarter in range(4):
+            four = bytes(half[byte] for half in halves[4 * quarter : 4 * quarter + 4])
+            value = int.from_bytes(four, "little")
+            tables.append(f".reg .b32 {name}{quarter}; mov.b32 {name}{quarter}, {value:#010x};")
+    text = _LOOKUP.replace("{tables}", "\n".join(tables))
+    for shift, first, second in (
+        (f"mov.b32 codes, {word};", "0", "1"),
+        (f"shr.u32 codes, {word}, 16;", "2", "3"),
+    ):
+        half = _LOOKUP_HALF.replace("{shift}", shift)
+        text += half.replace("{0}", first).replace("{1}", second)
+    return text
+
+
+@triton.jit
+def decoded(codes, NUMBERS: tl.constexpr, STEP: tl.constexpr, OFFSET: tl.constexpr):
+    """float32 numbers of int32 codes: evenly spaced ones by arithmetic (STEP is not 0)."""
+    if STEP != 0:
+        return codes.to(tl.float32) * STEP + OFFSET
+    values = tl.zeros_like(codes).to(tl.float32) + NUMBERS[0]
+    for code in tl.static_range(1, len(NUMBERS)):
+        values = tl.where(codes == code, NUMBERS[code], values)
+    return values
+
+
+@triton.jit
+def shifts(BITS: tl.constexpr, PAIRS: tl.constexpr, LANES: tl.constexpr,
+           INTERLEAVED: tl.constexpr):  # fmt: skip
+    """At which bit of a word code [pair, lane] begins."""
+    pair = tl.arange(0, PAIRS)[:, None]
+    lane = tl.arange(0, LANES)[None, :]
+    if INTERLEAVED:
+        return BITS * pair + (32 // LANES) * lane
+    return BITS * (LANES * pair + lane)
+
+
+@triton.jit
+def unpacked(word, ROWS: tl.constexpr, TILES: tl.constexpr, BITS: tl.constexpr,
+             PAIRS: tl.constexpr, LANES: tl.constexpr, INTERLEAVED: tl.constexpr,
+             NUMBERS: tl.constexpr, STEP: tl.constexpr, OFFSET: tl.constexpr,
+             PTX: tl.constexpr, INTEGER: tl.constexpr):  # fmt: skip
+    """Words [ROWS, TILES · 16] of some tiles to numbers [ROWS, TILES · columns of a tile]:
+    float16, or int8 where INTEGER."""
+    word = tl.reshape(word, (ROWS, TILES, 4, 4))
+    if PTX != "":
+        a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
+            PTX, "=h,=h,=h,=h,=h,=h,=h,=h,r", [word],
+            dtype=(tl.float16, tl.float16, tl.float16, tl.float16,
+                   tl.float16, tl.float16, tl.float16, tl.float16),
+            is_pure=True, pack=1)  # fmt: skip
+        low = tl.join(tl.join(a, b), tl.join(c, d))
+        high = tl.join(tl.join(e, f), tl.join(g, h))
+        # [row, tile, chunk, word, lane, pair's lower bit, pair's upper bit]
+        values = tl.permute(tl.join(low, high), (0, 1, 3, 6, 5, 2, 4))
+    elif INTEGER and BITS == 1:
+        # Four bits at a time to four bytes, −1 or 1.
+        pair = tl.arange(0, PAIRS)[None, None, None, None, :]
+        four = (word[:, :, :, :, None] >> pair) & 0x01010101
+        four = -1 - four * 0xFE
+        low = tl.join(four.to(tl.int8), (four >> 8).to(tl.int8))
+        high = tl.join((four >> 16).to(tl.int8), (four >> 24).to(tl.int8))
+        values = tl.permute(tl.join(low, high), (0, 1, 3, 4, 2, 6, 5))
+    else:
+        at = tl.reshape(shifts(BITS, PAIRS, LANES, INTERLEAVED), (1, 1, 1, 1, PAIRS, LANES))
+        codes = (word[:, :, :, :, None, None] >> at) & ((1 << BITS) - 1)
+        values = decoded(codes, NUMBERS, STEP, OFFSET)
+        values = tl.permute(values.to(tl.int8 if INTEGER else tl.float16), (0, 1, 3, 4, 2, 5))
+    return tl.reshape(values, (ROWS, TILES * 16 * PAIRS * LANES))

@@ -1,0 +1,222 @@
+"""Norms, activation quantisation and rotary positions: kernels that take a row, or a part of it."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from memladder import formats
+from memladder.errors import UnavailableError
+from memladder.formats.elements import ELEMENTS
+from memladder.formats.fp8 import Fp8
+from memladder.formats.int8 import Int8
+from memladder.formats.mxfp8 import Mxfp8
+
+# Elements of a row that a program holds at once.
+_BLOCK = 4096
+_ROUND = tl.constexpr(12582912.0)
+"""1.5 · 2²³: added to a float32 below 2²² and taken away again, it rounds to even."""
+
+
+@triton.jit
+def _norm(x, weight, bias, out, columns, eps, CENTRED: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    x += row * columns
+    out += row * columns
+    lanes = tl.arange(0, BLOCK)
+    mean = 0.0
+    if CENTRED:
+        total = tl.zeros((BLOCK,), tl.float32)
+        for start in range(0, columns, BLOCK):
+            at = start + lanes
+            total += tl.load(x + at, mask=at < columns, other=0.0).to(tl.float32)
+        mean = tl.sum(total) / columns
+    squares = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, columns, BLOCK):
+        at = start + lanes
+        values = tl.load(x + at, mask=at < columns, other=0.0).to(tl.float32)
+        values = tl.where(at < columns, values - mean, 0.0)
+        squares += values * values
+    scale = 1.0 / tl.sqrt(tl.sum(squares) / columns + eps)
+    for start in range(0, columns, BLOCK):
+        at = start + lanes
+        inside = at < columns
+        values = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+        values = (values - mean) * scale * tl.load(weight + at, mask=inside, other=0.0)
+        if CENTRED:
+            values += tl.load(bias + at, mask=inside, other=0.0)
+        tl.store(out + at, values.to(tl.float16), mask=inside)
+
+
+@triton.jit
+def _on_grid(values, TOP: tl.constexpr, MANTISSA: tl.constexpr, STEP: tl.constexpr):
+    """float32 rounded to an element of that many mantissa bits and that smallest subnormal.
+
+    To nearest, ties to even, saturating: what the hardware's conversion does, done by hand, since
+    Triton's interpreter (3.9) loses the carry of a mantissa that is rounded up to a power of two.
+    """
+    values = tl.clamp(values, -TOP, TOP, propagate_nan=tl.PropagateNan.ALL)
+    if MANTISSA == 0:
+        return (values + _ROUND * STEP) - _ROUND * STEP
+    REST: tl.constexpr = 23 - MANTISSA
+    bits = values.to(tl.int32, bitcast=True)
+    magnitude = tl.abs(values)
+    small = ((magnitude + _ROUND * STEP) - _ROUND * STEP).to(tl.int32, bitcast=True)
+    # Zero keeps its sign.
+    small |= bits & -0x80000000
+    bits += (1 << (REST - 1)) - 1 + ((bits >> REST) & 1)
+    bits = tl.where(magnitude < STEP * (1 << MANTISSA), small, bits & (-1 << REST))
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _quantise(x, codes, scales, columns, TOP: tl.constexpr, MANTISSA: tl.constexpr,
+              STEP: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    x += row * columns
+    codes += row * columns
+    lanes = tl.arange(0, BLOCK)
+    most = tl.zeros((BLOCK,), tl.int32)
+    for start in range(0, columns, BLOCK):
+        at = start + lanes
+        values = tl.load(x + at, mask=at < columns, other=0.0).to(tl.float32)
+        # As integers magnitudes keep their order, and NaN is above them all.
+        most = tl.maximum(most, tl.abs(values).to(tl.int32, bitcast=True))
+    top = tl.max(most).to(tl.float32, bitcast=True)
+    scale = tl.where(top == 0.0, 1.0, tl.div_rn(top, TOP))
+    tl.store(scales + row, scale)
+    for start in range(0, columns, BLOCK):
+        at = start + lanes
+        inside = at < columns
+        values = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+        values = tl.div_rn(values, tl.zeros_like(values) + scale)
+        values = _on_grid(values, TOP, MANTISSA, STEP)
+        tl.store(codes + at, values.to(codes.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _quantise_blocks(x, codes, scales, columns, groups, TOP: tl.constexpr, MANTISSA: tl.constexpr,
+                     STEP: tl.constexpr, EXPONENT: tl.constexpr, GROUP: tl.constexpr,
+                     BLOCK: tl.constexpr):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    block = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    at = block[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    inside = at < columns
+    values = tl.load(x + row * columns + at, mask=inside, other=0.0).to(tl.float32)
+    most = tl.max(tl.abs(values).to(tl.int32, bitcast=True), axis=1)
+    exponent = most >> 23
+    # float16 is far from both ends of E8M0, but for zero and for what is not finite.
+    code = tl.maximum(exponent - EXPONENT, 0)
+    inverse = ((254 - code) << 23).to(tl.float32, bitcast=True)
+    code = tl.where(exponent == 255, 255, code)
+    values = _on_grid(values * inverse[:, None], TOP, MANTISSA, STEP)
+    tl.store(codes + row * columns + at, values.to(codes.dtype.element_ty), mask=inside)
+    tl.store(scales + row * groups + block, code.to(tl.uint8), mask=block < groups)
+
+
+@triton.jit
+def sincos(angle):
+    """Sine and cosine of float32 angles of up to 10⁵ radians, within 2e-7.
+
+    Cody and Waite 1980, "Software Manual for the Elementary Functions", chapter 8: π/2 in three
+    parts; polynomials of Moshier's Cephes (sinf.c).
+    """
+    turns = (angle * 0.6366197723675814 + _ROUND) - _ROUND
+    rest = angle - turns * 1.5703125
+    rest -= turns * 4.837512969970703125e-4
+    rest -= turns * 7.549789948768648e-8
+    square = rest * rest
+    sine = (-1.9515295891e-4 * square + 8.3321608736e-3) * square - 1.6666654611e-1
+    sine = sine * square * rest + rest
+    cosine = (2.443315711809948e-5 * square - 1.388731625493765e-3) * square + 4.166664568298827e-2
+    cosine = cosine * square * square - 0.5 * square + 1.0
+    quadrant = turns.to(tl.int32)
+    odd = (quadrant & 1) != 0
+    found_sine = tl.where(odd, cosine, sine)
+    found_cosine = tl.where(odd, sine, cosine)
+    found_sine = tl.where((quadrant & 2) != 0, -found_sine, found_sine)
+    found_cosine = tl.where(((quadrant + 1) & 2) != 0, -found_cosine, found_cosine)
+    return found_sine, found_cosine
+
+
+@triton.jit
+def _rotary(x, frequencies, out, heads, start, seq_len, D: tl.constexpr, HALF: tl.constexpr,
+            HEADS: tl.constexpr):  # fmt: skip
+    row = tl.program_id(0)
+    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    pair = tl.arange(0, HALF)
+    known = pair < D // 2
+    angle = ((start + row) % seq_len).to(tl.float32) * tl.load(frequencies + pair, mask=known)
+    sine, cosine = sincos(angle)
+    at = (row.to(tl.int64) * heads + head[:, None]) * D + pair[None, :]
+    inside = (head < heads)[:, None] & known[None, :]
+    low = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    high = tl.load(x + at + D // 2, mask=inside, other=0.0).to(tl.float32)
+    turned = low * cosine[None, :] - high * sine[None, :]
+    tl.store(out + at, turned.to(tl.float16), mask=inside)
+    turned = high * cosine[None, :] + low * sine[None, :]
+    tl.store(out + at + D // 2, turned.to(tl.float16), mask=inside)
+
+
+def rms_norm(x: Tensor, weight: Tensor, out: Tensor, *, eps: float) -> None:
+    """As `naive.rms_norm`."""
+    rows, columns = x.shape
+    _norm[(rows,)](x, weight, weight, out, columns, eps, CENTRED=False, **_shape(columns))
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor, *, eps: float) -> None:
+    """As `naive.layer_norm`."""
+    rows, columns = x.shape
+    _norm[(rows,)](x, weight, bias, out, columns, eps, CENTRED=True, **_shape(columns))
+
+
+def quantise(x: Tensor, codes: Tensor, scales: Tensor, *, format: str) -> None:
+    """As `naive.quantise`, code by code. Raises UnavailableError for a format without kernel."""
+    rows, columns = x.shape
+    kind = formats.get(format)
+    if isinstance(kind, Int8):
+        dtype, grid = torch.int8, {"TOP": 127.0, "MANTISSA": 0, "STEP": 1.0}
+    elif isinstance(kind, (Fp8, Mxfp8)) and kind.scale_dtype != torch.float16:
+        element = ELEMENTS[kind.element]
+        dtype, info = element.dtype, torch.finfo(element.dtype)
+        mantissa = -int(math.log2(info.eps))
+        grid = {"TOP": element.top, "MANTISSA": mantissa, "STEP": info.tiny * info.eps}
+    else:
+        raise UnavailableError(f"no CUDA kernel quantises activations to {kind}")
+    if kind.group is None:
+        _quantise[(rows,)](x, codes.view(dtype), scales, columns, **grid, **_shape(columns))
+        return
+    groups = kind.groups(columns)
+    block = min(_BLOCK // kind.group, triton.next_power_of_2(groups))
+    _quantise_blocks[(rows, triton.cdiv(groups, block))](
+        *(x, codes.view(dtype), scales, columns, groups),
+        **grid,
+        EXPONENT=element.exponent,
+        GROUP=kind.group,
+        BLOCK=block,
+    )
+
+
+def rotary(
+    x: Tensor, frequencies: Tensor, out: Tensor, *, head_dim: int, start: int, seq_len: int
+) -> None:
+    """As `naive.rotary`."""
+    rows, columns = x.shape
+    heads = columns // head_dim
+    block = min(8, triton.next_power_of_2(heads))
+    _rotary[(rows, triton.cdiv(heads, block))](
+        *(x, frequencies, out, heads, start, seq_len),
+        D=head_dim,
+        HALF=triton.next_power_of_2(head_dim // 2),
+        HEADS=block,
+        num_warps=4,
+    )
+
+
+def _shape(columns: int) -> dict[str, int]:
+    block = min(_BLOCK, triton.next_power_of_2(columns))
+    return {"BLOCK": block, "num_warps": max(1, block // 512)}

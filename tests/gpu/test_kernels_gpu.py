@@ -1,0 +1,3 @@
+"""The kernels' own tests, on the GPU: compiled, and with PTX where a format has some."""
+
+from tests.unit.test_kernels_cuda import *  # noqa: F403

@@ -1,0 +1,144 @@
+"""Compile the Triton kernels for a GPU that need not be there; a line of JSON for each.
+
+    python compiled.py COMPUTE_CAPABILITY
+
+In a process of its own: here Triton must not be its interpreter.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from memladder import formats
+from memladder.kernels import cuda
+from memladder.kernels.layout import Layout
+from memladder.kernels.packed import PackedMatrix
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+PAIRS = [
+    *(("fp16", "fp16"), ("int4", "fp16"), ("nf4", "fp16")),
+    *(("fp8", "fp8"), ("mxfp8", "mxfp8"), ("int1", "int8")),
+]
+OTHERS = [("int2", "fp16"), ("mxfp4", "fp16"), ("int4:zero_point=true", "fp16")]
+
+
+class Absent:
+    """What Triton asks a driver for before it compiles."""
+
+    def __init__(self, capability: int) -> None:
+        self.target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+def packed(spec: str, rows: int, columns: int) -> PackedMatrix:
+    kind = formats.get(spec)
+    layout = Layout.of(kind, rows, columns)
+    scales = None
+    if kind.scale_dtype is not None:
+        scales = torch.zeros(kind.groups(columns), rows, dtype=kind.scale_dtype)
+    zeros = torch.zeros(kind.groups(columns), rows, dtype=torch.uint8) if kind.has_zeros else None
+    return PackedMatrix(kind, layout, torch.empty(layout.shape, dtype=torch.uint8), scales, zeros)
+
+
+def products(rows: int, n: int, k: int, weight: str, activation: str) -> Callable[[], None]:
+    kind = formats.get(activation)
+    x, out = torch.empty(rows, k).half(), torch.empty(rows, n).half()
+    options: dict[str, Any] = {"residual": out}
+    if kind.scale_dtype is not None:
+        x = torch.empty(rows, k, dtype=torch.uint8)
+        scales = torch.empty(rows, kind.groups(k), dtype=kind.scale_dtype)
+        options |= {"scales": scales, "format": activation}
+    return lambda: cuda.matmul(x, packed(weight, n, k), out, **options)
+
+
+def calls(capability: int) -> Iterator[tuple[str, Callable[[], None]]]:
+    x = torch.empty(2, 8192).half()
+    yield "rms_norm", lambda: cuda.rms_norm(x, x[0], x, eps=1e-5)
+    yield "layer_norm", lambda: cuda.layer_norm(x, x[0], x[0], x, eps=1e-5)
+    yield "rotary", lambda: cuda.rotary(x, x, x, head_dim=128, start=0, seq_len=1)
+    has_fp8 = capability >= 89
+    for spec in ("int8", *(("fp8", "mxfp8") if has_fp8 else ())):
+        codes = torch.empty(2, 8192, dtype=torch.uint8)
+        scales = torch.empty(2, 256, dtype=formats.get(spec).scale_dtype)
+        yield f"quantise {spec}", partial(cuda.quantise, x, codes, scales, format=spec)
+    for queries, d in ((1, 128), (32, 128), (512, 128), (512, 96), (512, 64)):
+        for name in ("frequencies", "slopes"):
+            query = torch.empty(queries, 8 * d).half()
+            yield f"attention {queries} {d} {name}", attended(query, name)
+    for weight, activation in PAIRS + OTHERS:
+        if has_fp8 or "fp8" not in weight:
+            for rows in (1, 32, 512):
+                call = products(rows, 8192, 8192, weight, activation)
+                yield f"matmul {weight} {activation} {rows}", call
+    # Few output channels: smaller tiles.
+    yield "matmul int4 fp16 512 narrow", products(512, 1024, 8192, "int4", "fp16")
+
+
+def attended(query: Tensor, name: str) -> Callable[[], None]:
+    options: dict[str, Any] = {name: torch.empty(64)}
+    sizes = {"sequences": 1, "heads": 8, "kv_heads": 8}
+    return lambda: cuda.attention(query, query, query, query, **sizes, **options)
+
+
+def tool(name: str, option: str, binary: bytes) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary)
+        file.flush()
+        command = [TOOLS / name, option, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def main(capability: int) -> None:
+    triton.runtime.driver.set_active(Absent(capability))
+    made: list[Any] = []
+
+    def compile_only(self: JITFunction, grid: object) -> Callable[..., None]:
+        def run(*arguments: object, **options: object) -> None:
+            made.append(self.run(*arguments, grid=grid, warmup=True, **options))
+
+        return run
+
+    JITFunction.__getitem__ = compile_only
+    for name, call in calls(capability):
+        made.clear()
+        call()
+        (kernel,) = made
+        usage = tool("cuobjdump", "--dump-resource-usage", kernel.asm["cubin"])
+        found: dict[str, Any] = {
+            key.lower(): int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)
+        }
+        sass = tool("cuobjdump", "-sass", kernel.asm["cubin"])
+        found["tensor"] = sorted(set(re.findall(r"\b(HMMA|IMMA|HGMMA|QGMMA|IGMMA)\b", sass)))
+        found["shared"] = kernel.metadata.shared
+        print(json.dumps({"name": name, **found}), flush=True)
+
+
+if __name__ == "__main__":
+    assert not os.environ.get("TRITON_INTERPRET")
+    main(int(sys.argv[1]))
