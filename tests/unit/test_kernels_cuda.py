@@ -171,8 +171,11 @@ def test_attention(
     expected = poisoned(*query.shape)
     naive.attention(query, key, value, expected, **sizes, **options)
     # Over the queries.
+    again = query.clone()
     run(cuda.attention, query, key, value, query, **sizes, **options)
     assert error(query, expected) < 6e-4
+    run(cuda.attention, again, key, value, again, **sizes, **options, exact=True)
+    assert error(again, expected) < 5e-5
 
 
 PAIRS = [

@@ -39,13 +39,13 @@ class Ladder(Framework):
         self.title = f"Ladder-W_{weight.upper()} A_{activation.upper()}"
 
     def availability(self, device: str) -> Availability:
-        """Its CUDA kernels do not exist yet."""
+        """Its CUDA kernels have not run on a GPU yet."""
         missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
         if missing:
             return Availability(False, None, f"{', '.join(missing)} not installed", _INSTALL)
         version = importlib.metadata.version("torch")
         if device != "cpu":
-            reason = "the engine has no CUDA kernels yet; it runs with --device cpu"
+            reason = "the engine does not use its CUDA kernels yet; it runs with --device cpu"
             return Availability(False, version, reason)
         return Availability(True, version)
 

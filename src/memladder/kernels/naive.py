@@ -93,6 +93,7 @@ def attention(
     kv_heads: int,
     frequencies: Tensor | None = None,
     slopes: Tensor | None = None,
+    exact: bool = False,
 ) -> None:
     """Causal softmax(q · kᵀ / √d) · v; the scores exist for one tile at a time.
 
@@ -101,7 +102,11 @@ def attention(
     up to keys − queries + i. Head h reads key and value head h · kv_heads / heads. With
     `frequencies` queries are rotated on the way in (`rotary`; keys were when they were made); with
     `slopes` float32 [heads] ALiBi is added. Online softmax: Milakov and Gimelshein 2018.
+
+    Tensor cores multiply float16: without `exact` a kernel may round rotated queries and the
+    softmax's weights to it. Nothing is rounded here.
     """
+    del exact
     d = query.shape[1] // heads
     group = heads // kv_heads
     keys = key.shape[0] // sequences

@@ -3,6 +3,9 @@
 Dao 2023, "FlashAttention-2" (arXiv:2307.08691), algorithm 1: a program has some queries of one
 head, and walks over the keys with a running maximum and sum. Heads are taken in two halves, as
 rotary positions pair them: a score is the sum of two products, an output two tiles.
+
+Where `exact`, what is not float16 already (rotated queries, the softmax's weights) is multiplied in
+two parts, the number's float16 and what that leaves: as good as float32, at twice the products.
 """
 
 from __future__ import annotations
@@ -12,14 +15,17 @@ import triton.language as tl
 from torch import Tensor
 
 from memladder.kernels.cuda.rows import sincos
+from memladder.kernels.cuda.target import has_wgmma
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _step(low, high, k, v, first, position, slope, most, total, sums_low, sums_high,
-          stride, keys, D: tl.constexpr, HALF: tl.constexpr, KEYS: tl.constexpr,
-          ALIBI: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
+def _step(low, high, low_rest, high_rest, k, v, first, position, scale, slope,
+          most, total, sums_low, sums_high, stride, keys,
+          D: tl.constexpr, HALF: tl.constexpr, KEYS: tl.constexpr,
+          ROTARY: tl.constexpr, ALIBI: tl.constexpr, EXACT: tl.constexpr,
+          MASKED: tl.constexpr):  # fmt: skip
     key = first + tl.arange(0, KEYS)
     pair = tl.arange(0, HALF)
     at = key[:, None].to(tl.int64) * stride + pair[None, :]
@@ -36,6 +42,10 @@ def _step(low, high, k, v, first, position, slope, most, total, sums_low, sums_h
         v_high = tl.load(v + at + D // 2)
     scores = tl.dot(low, tl.trans(k_low))
     scores = tl.dot(high, tl.trans(k_high), scores)
+    if EXACT and ROTARY:
+        scores = tl.dot(low_rest, tl.trans(k_low), scores)
+        scores = tl.dot(high_rest, tl.trans(k_high), scores)
+    scores *= scale
     distance = key[None, :] - position[:, None]
     if ALIBI:
         scores += slope * distance.to(tl.float32)
@@ -45,16 +55,20 @@ def _step(low, high, k, v, first, position, slope, most, total, sums_low, sums_h
     weights = tl.exp2(scores - new[:, None])
     old = tl.exp2(most - new)
     total = total * old + tl.sum(weights, axis=1)
-    weights = weights.to(tl.float16)
-    sums_low = tl.dot(weights, v_low, sums_low * old[:, None])
-    sums_high = tl.dot(weights, v_high, sums_high * old[:, None])
+    rounded = weights.to(tl.float16)
+    sums_low = tl.dot(rounded, v_low, sums_low * old[:, None])
+    sums_high = tl.dot(rounded, v_high, sums_high * old[:, None])
+    if EXACT:
+        rest = (weights - rounded.to(tl.float32)).to(tl.float16)
+        sums_low = tl.dot(rest, v_low, sums_low)
+        sums_high = tl.dot(rest, v_high, sums_high)
     return new, total, sums_low, sums_high
 
 
 @triton.jit
 def _attention(query, key, value, out, frequencies, slopes, queries, keys, heads, kv_heads, scale,
                D: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-               ROTARY: tl.constexpr, ALIBI: tl.constexpr):  # fmt: skip
+               ROTARY: tl.constexpr, ALIBI: tl.constexpr, EXACT: tl.constexpr):  # fmt: skip
     # The last queries see the most keys: they go first.
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     head = tl.program_id(1)
@@ -72,9 +86,12 @@ def _attention(query, key, value, out, frequencies, slopes, queries, keys, heads
         turned = low * cosine - high * sine
         high = high * cosine + low * sine
         low = turned
-    # Scores come out in units of log2 e: the softmax is taken to the base of 2.
-    low = (low * (scale * _LOG2E)).to(tl.float16)
-    high = (high * (scale * _LOG2E)).to(tl.float16)
+    low_rest = (low - low.to(tl.float16).to(tl.float32)).to(tl.float16)
+    high_rest = (high - high.to(tl.float16).to(tl.float32)).to(tl.float16)
+    low = low.to(tl.float16)
+    high = high.to(tl.float16)
+    # Scores are taken in units of log2 e: the softmax is to the base of 2.
+    scale *= _LOG2E
     slope = 0.0
     if ALIBI:
         slope = tl.load(slopes + head) * _LOG2E
@@ -90,12 +107,14 @@ def _attention(query, key, value, out, frequencies, slopes, queries, keys, heads
     whole = (first + 1) // KEYS * KEYS
     for start in range(0, whole, KEYS):
         most, total, sums_low, sums_high = _step(
-            low, high, key, value, start, position, slope, most, total, sums_low, sums_high,
-            stride, keys, D, HALF, KEYS, ALIBI, False)  # fmt: skip
+            low, high, low_rest, high_rest, key, value, start, position, scale, slope,
+            most, total, sums_low, sums_high, stride, keys, D, HALF, KEYS, ROTARY, ALIBI, EXACT,
+            False)  # fmt: skip
     for start in range(whole, tl.minimum(first + ROWS, keys), KEYS):
         most, total, sums_low, sums_high = _step(
-            low, high, key, value, start, position, slope, most, total, sums_low, sums_high,
-            stride, keys, D, HALF, KEYS, ALIBI, True)  # fmt: skip
+            low, high, low_rest, high_rest, key, value, start, position, scale, slope,
+            most, total, sums_low, sums_high, stride, keys, D, HALF, KEYS, ROTARY, ALIBI, EXACT,
+            True)  # fmt: skip
     total = 1.0 / total
     tl.store(out + at, (sums_low * total[:, None]).to(tl.float16), mask=inside)
     tl.store(out + at + D // 2, (sums_high * total[:, None]).to(tl.float16), mask=inside)
@@ -112,11 +131,14 @@ def attention(
     kv_heads: int,
     frequencies: Tensor | None = None,
     slopes: Tensor | None = None,
+    exact: bool = False,
 ) -> None:
     """As `naive.attention`."""
     d = query.shape[1] // heads
     queries, keys = query.shape[0] // sequences, key.shape[0] // sequences
-    rows = min(128, max(16, triton.next_power_of_2(queries)))
+    # Two parts of everything take twice the registers.
+    most = 128 if not exact else 64 if has_wgmma() else 32
+    rows = min(most, max(16, triton.next_power_of_2(queries)))
     _attention[(triton.cdiv(queries, rows), heads, sequences)](
         *(query, key, value, out),
         query if frequencies is None else frequencies,
@@ -128,6 +150,7 @@ def attention(
         KEYS=32 if rows == 16 else 64,
         ROTARY=frequencies is not None,
         ALIBI=slopes is not None,
-        num_warps=8 if rows == 128 else 4,
+        EXACT=exact,
+        num_warps=8 if rows == 128 or (exact and rows == 64) else 4,
         num_stages=2,
     )

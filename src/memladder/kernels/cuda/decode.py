@@ -15,26 +15,24 @@ import triton
 import triton.language as tl
 
 from memladder import formats
+from memladder.kernels.cuda.target import INTERPRETED
 
-INTERPRETED = triton.knobs.runtime.interpret
-"""Triton's interpreter knows no PTX."""
-
-# Takes a word apart: codes at bits 4j and 16 + 4j become the float16 pair j, less 8. With the
-# exponent of 1024 in front a code is a float16's last bits, or times 16 the next ones (Kim et al.
-# 2022, arXiv:2211.10017, section 3.2).
+# Takes a word apart: codes at bits 4j and 16 + 4j become the float16 pair j, moved by what code 0
+# stands for. With the exponent of 1024 in front a code is a float16's last bits, or times 16 the
+# next ones (Kim et al. 2022, arXiv:2211.10017, section 3.2).
 _INT4 = """
 .reg .b32 p<4>, half, offset, sixteenth, offsets;
-mov.b32 offset, 0x64086408;
+mov.b32 offset, {minus_1024};
 mov.b32 sixteenth, 0x2c002c00;
-mov.b32 offsets, 0xd480d480;
+mov.b32 offsets, {minus_64};
 lop3.b32 p0, {word}, 0x000f000f, 0x64006400, 0xEA;
 lop3.b32 p1, {word}, 0x00f000f0, 0x64006400, 0xEA;
 shr.u32 half, {word}, 8;
 lop3.b32 p2, half, 0x000f000f, 0x64006400, 0xEA;
 lop3.b32 p3, half, 0x00f000f0, 0x64006400, 0xEA;
-sub.f16x2 p0, p0, offset;
+add.f16x2 p0, p0, offset;
 fma.rn.f16x2 p1, p1, sixteenth, offsets;
-sub.f16x2 p2, p2, offset;
+add.f16x2 p2, p2, offset;
 fma.rn.f16x2 p3, p3, sixteenth, offsets;
 """
 
@@ -108,7 +106,13 @@ def _body(spec: str, interleaved: bool, word: str) -> str:
     if INTERPRETED or len(values) != 16:
         return ""
     if interleaved:
-        return _INT4.replace("{word}", word) if affine(values) == (1.0, -8.0) else ""
+        step, first = affine(values) or (0.0, 0.0)
+        if step != 1:
+            return ""
+        text = _INT4.replace("{word}", word)
+        return text.replace("{minus_1024}", _pair(first - 1024)).replace(
+            "{minus_64}", _pair(first - 64)
+        )
     halves = [struct.pack("<e", value) for value in values]
     tables = []
     for name, byte in (("l", 0), ("h", 1)):
@@ -117,13 +121,18 @@ def _body(spec: str, interleaved: bool, word: str) -> str:
             value = int.from_bytes(four, "little")
             tables.append(f".reg .b32 {name}{quarter}; mov.b32 {name}{quarter}, {value:#010x};")
     text = _LOOKUP.replace("{tables}", "\n".join(tables))
-    for shift, first, second in (
+    for shift, one, other in (
         (f"mov.b32 codes, {word};", "0", "1"),
         (f"shr.u32 codes, {word}, 16;", "2", "3"),
     ):
         half = _LOOKUP_HALF.replace("{shift}", shift)
-        text += half.replace("{0}", first).replace("{1}", second)
+        text += half.replace("{0}", one).replace("{1}", other)
     return text
+
+
+def _pair(value: float) -> str:
+    """A float16 twice, as 32 bits."""
+    return "0x" + 2 * struct.pack(">e", value).hex()
 
 
 @triton.jit

@@ -8,12 +8,12 @@ out, and so that a tile may have as few tokens as there are. One row is `matvec`
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from memladder import formats
 from memladder.errors import UnavailableError
@@ -22,9 +22,10 @@ from memladder.formats.elements import ELEMENTS
 from memladder.formats.fp8 import Fp8
 from memladder.formats.int8 import Int8
 from memladder.formats.mxfp8 import Mxfp8
-from memladder.kernels.cuda.decode import INTERPRETED, affine, numbers, unpack_ptx, unpacked
+from memladder.kernels.cuda.decode import affine, numbers, unpack_ptx, unpacked
 from memladder.kernels.cuda.epilogue import finished, power
 from memladder.kernels.cuda.matvec import matvec
+from memladder.kernels.cuda.target import has_wgmma
 from memladder.kernels.packed import PackedMatrix
 
 # Fewer programs than an H100 or A100 has processors, about, and tiles become smaller.
@@ -40,12 +41,15 @@ def _matmul(x, x_scales, weight, w_scales, w_zeros, bias, factor, residual, out,
             GROUP: tl.constexpr, E8M0: tl.constexpr, ZEROS: tl.constexpr, ROW_SCALE: tl.constexpr,
             X_GROUP: tl.constexpr, X_SCALE: tl.constexpr, OPERAND: tl.constexpr,
             ACTIVATION: tl.constexpr, BIAS: tl.constexpr, FACTOR: tl.constexpr,
-            RESIDUAL: tl.constexpr, EVEN: tl.constexpr, IMPRECISE: tl.constexpr,
+            RESIDUAL: tl.constexpr, EVEN: tl.constexpr, COPIED: tl.constexpr,
+            IMPRECISE: tl.constexpr,
             BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
     # Programs that share a weight follow each other: it is read from memory once.
     blocks = tl.cdiv(M, BLOCK_M)
-    m = (tl.program_id(0) % blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = (tl.program_id(0) // blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+    first_m = (tl.program_id(0) % blocks) * BLOCK_M
+    first_n = (tl.program_id(0) // blocks) * BLOCK_N
+    m = first_m + tl.arange(0, BLOCK_M)
+    n = first_n + tl.arange(0, BLOCK_N)
     # Rows beyond the end repeat the first one; what they give is not stored.
     own_m = tl.where(m < M, m, 0)
     own_n = tl.where(n < N, n, 0)
@@ -63,7 +67,9 @@ def _matmul(x, x_scales, weight, w_scales, w_zeros, bias, factor, residual, out,
     INTEGER: tl.constexpr = OPERAND == tl.int8
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.int32 if INTEGER else tl.float32)
     for start in range(0, K, BLOCK_K):
-        if EVEN:
+        if COPIED:
+            tokens = x.load([first_m, start])
+        elif EVEN:
             tokens = tl.load(x + x_at)
         else:
             tokens = tl.load(x + x_at, mask=(start + k < K)[None, :], other=0.0)
@@ -77,7 +83,9 @@ def _matmul(x, x_scales, weight, w_scales, w_zeros, bias, factor, residual, out,
                               NUMBERS, STEP, OFFSET, PTX, INTEGER)  # fmt: skip
             w_at += TILES * TILE_ROWS * 16
         else:
-            if EVEN:
+            if COPIED:
+                values = weight.load([first_n, start])
+            elif EVEN:
                 values = tl.load(weight + w_at)
             else:
                 values = tl.load(weight + w_at, mask=(start + k < K)[None, :], other=0.0)
@@ -131,15 +139,6 @@ class Tile:
     stages: int
 
 
-@lru_cache
-def _has_wgmma() -> bool:
-    """Whether the tensor cores take operands from shared memory (compute capability 9.0).
-
-    Where both come from registers, fewer are left for what is being unpacked.
-    """
-    return INTERPRETED or bool(triton.runtime.driver.active.get_current_target().arch >= 90)
-
-
 def tile(
     weight: Format, operand: torch.dtype, tokens: int, channels: int, tile_columns: int
 ) -> Tile:
@@ -156,7 +155,7 @@ def tile(
     if weight.bits < 8:
         columns = max(tile_columns, found.k // tile_columns * tile_columns)
         found = replace(found, k=columns, stages=3 if columns <= 128 else 2)
-        if found.m > 32 and not _has_wgmma():
+        if found.m > 32 and not has_wgmma():
             found = replace(found, m=64 if columns <= 128 else 32, n=64, warps=4)
     return found
 
@@ -190,6 +189,12 @@ def matmul(
     e8m0 = own.scale_dtype == torch.uint8
     scale = weight.scales if weight.scales is not None else x
     grid = triton.cdiv(rows, cut.m) * triton.cdiv(layout.rows, cut.n)
+    copied = has_wgmma() and columns * tokens.itemsize % 16 == 0
+    if copied:
+        tokens = TensorDescriptor(tokens, [rows, columns], [columns, 1], [cut.m, cut.k])
+        if not layout.is_packed:
+            stride = layout.shape[1] * layout.tile_columns
+            codes = TensorDescriptor(codes, [layout.rows, columns], [stride, 1], [cut.n, cut.k])
     _matmul[(grid,)](
         *(tokens, x if scales is None else scales, codes, scale),
         weight.zeros if weight.zeros is not None else x,
@@ -221,6 +226,7 @@ def matmul(
         FACTOR=factor is not None,
         RESIDUAL=residual is not None,
         EVEN=columns % cut.k == 0,
+        COPIED=copied,
         IMPRECISE=128 if operand.itemsize == 1 and not integer else None,
         BLOCK_M=cut.m,
         BLOCK_N=cut.n,

@@ -15,8 +15,9 @@ from memladder.formats.base import Format
 from memladder.formats.elements import ELEMENTS
 from memladder.formats.fp8 import Fp8
 from memladder.formats.mxfp8 import Mxfp8
-from memladder.kernels.cuda.decode import INTERPRETED, affine, decoded, dot_ptx, numbers
+from memladder.kernels.cuda.decode import affine, decoded, dot_ptx, numbers
 from memladder.kernels.cuda.epilogue import finished, power
+from memladder.kernels.cuda.target import INTERPRETED
 from memladder.kernels.layout import Layout
 from memladder.kernels.packed import PackedMatrix
 
@@ -35,10 +36,16 @@ def _units(x, at, units, EVEN: tl.constexpr):
 def _dot4(x, at, units, bits, sums, total, PTX: tl.constexpr, EVEN: tl.constexpr):
     """sums + bits · x, four bytes each, and total + 1 · x."""
     some = _units(x, at, units, EVEN)
-    sums = tl.inline_asm_elementwise(PTX, "=r,r,r,r", [bits, some[None, :], sums],
-                                     dtype=tl.int32, is_pure=True, pack=1)  # fmt: skip
-    total = tl.inline_asm_elementwise(PTX, "=r,r,r,r", [0x01010101, some, total],
-                                      dtype=tl.int32, is_pure=True, pack=1)  # fmt: skip
+    if PTX != "":
+        sums = tl.inline_asm_elementwise(PTX, "=r,r,r,r", [bits, some[None, :], sums],
+                                         dtype=tl.int32, is_pure=True, pack=1)  # fmt: skip
+        total = tl.inline_asm_elementwise(PTX, "=r,r,r,r", [0x01010101, some, total],
+                                          dtype=tl.int32, is_pure=True, pack=1)  # fmt: skip
+    else:
+        for lane in tl.static_range(4):
+            token = (some << (24 - 8 * lane)) >> 24
+            sums += ((bits >> (8 * lane)) & 0xFF) * token[None, :]
+            total += token
     return sums, total
 
 
@@ -61,9 +68,8 @@ def _words(x, weight, w_scales, x_scales, bias, factor, residual, out, N, units,
     # How many groups a tile has, and how many of a chunk's four words one group.
     CODES: tl.constexpr = 16 * PAIRS * LANES
     PARTS: tl.constexpr = CODES // GROUP if GROUP > 0 and GROUP < CODES else 1
-    DOT4: tl.constexpr = INTEGER and PTX != ""
     acc = tl.zeros((ROWS, TILES * 16), tl.int32 if INTEGER else tl.float32)
-    if DOT4:
+    if INTEGER:
         twos = tl.zeros((ROWS, TILES * 16), tl.int32)
         fours = tl.zeros((ROWS, TILES * 16), tl.int32)
         eights = tl.zeros((ROWS, TILES * 16), tl.int32)
@@ -74,7 +80,7 @@ def _words(x, weight, w_scales, x_scales, bias, factor, residual, out, N, units,
         else:
             words = tl.load(weight + at, mask=(tile < tiles - start)[None, :], other=0)
         first = start * (16 * PAIRS) + unit
-        if DOT4:
+        if INTEGER:
             # Four bits times four numbers at once, where they lie in their bytes: their sums then
             # are 1, 2, 4 or 8 times as large, and a shift serves four of them.
             for half in tl.static_range(2):
@@ -94,7 +100,7 @@ def _words(x, weight, w_scales, x_scales, bias, factor, residual, out, N, units,
                  _units(x, first + 12, units, EVEN)[None, :]],
                 dtype=tl.float32, is_pure=True, pack=1)  # fmt: skip
         else:
-            sums = tl.zeros((ROWS, TILES * 16), tl.int32 if INTEGER else tl.float32)
+            sums = tl.zeros((ROWS, TILES * 16), tl.float32)
             for pair in tl.static_range(PAIRS):
                 some = _units(x, first + 4 * pair, units, EVEN)
                 for lane in tl.static_range(LANES):
@@ -102,12 +108,8 @@ def _words(x, weight, w_scales, x_scales, bias, factor, residual, out, N, units,
                     if INTERLEAVED:
                         bit = BITS * pair + (32 // LANES) * lane
                     values = decoded((words >> bit) & ((1 << BITS) - 1), NUMBERS, STEP, OFFSET)
-                    if INTEGER:
-                        token = ((some >> 8 * lane) & 0xFF).to(tl.int8).to(tl.int32)
-                        sums += values.to(tl.int32) * token[None, :]
-                    else:
-                        half = ((some >> 16 * lane) & 0xFFFF).to(tl.int16)
-                        sums += values * half.to(tl.float16, bitcast=True).to(tl.float32)[None, :]
+                    half = ((some >> 16 * lane) & 0xFFFF).to(tl.int16)
+                    sums += values * half.to(tl.float16, bitcast=True).to(tl.float32)[None, :]
         if GROUP > 0:
             group = (start + tl.arange(0, TILES))[:, None] * (16 * PAIRS * LANES)
             group = (group + tl.arange(0, PARTS)[None, :] * GROUP) // GROUP
@@ -116,10 +118,10 @@ def _words(x, weight, w_scales, x_scales, bias, factor, residual, out, N, units,
             sums = tl.reshape(sums, (ROWS, TILES, 4, PARTS, 4 // PARTS))
             sums *= scale.to(tl.float32)[:, :, None, :, None]
             sums = tl.reshape(sums, (ROWS, TILES * 16))
-        if not DOT4:
+        if not INTEGER:
             acc += sums
         at += TILES * TILE_ROWS * 16
-    if DOT4:
+    if INTEGER:
         # ±1 is twice the bit less one.
         acc = 2 * acc + twos + (fours >> 1) + (eights >> 2)
         result = (tl.sum(acc, axis=1) - tl.sum(total)).to(tl.float32)
@@ -193,13 +195,13 @@ def matvec(
     w_scales = x if weight.scales is None else weight.scales
     columns = layout.columns
     if layout.is_packed:
-        integer = own.is_integer and kind.is_integer
+        integer = own.bits == 1 and kind.is_integer
         group = own.group or 0
         parts = layout.tile_columns // group if group else 1
         if (
             columns % layout.lanes
-            or (own.is_integer and not integer)
-            or (kind.bits != 16 and not integer)
+            or own.is_integer != integer
+            or (kind.bits == 16) == integer
             or own.has_zeros
             or own.scale_dtype == torch.uint8
             or parts > 4
@@ -256,5 +258,5 @@ def matvec(
 
 def _ptx(own: Format, layout: Layout, integer: bool) -> str:
     if integer:
-        return _DP4A if own.bits == 1 and not INTERPRETED else ""
+        return "" if INTERPRETED else _DP4A
     return dot_ptx(str(own), layout.interleaved)
