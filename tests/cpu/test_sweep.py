@@ -134,7 +134,7 @@ def test_ctrl_c_stops_cleanly(sweep: Sweep) -> None:
     process.send_signal(signal.SIGINT)
     _, err = sweep.end_of(process, 10)
     assert process.returncode == 130
-    assert err.splitlines()[-1] == "memladder: stopped; the same command goes on from here"
+    assert err.splitlines()[-1] == "memladder: stopped; the same command does what is left, what was finished is kept"
     assert "Traceback" not in err
     assert psutil.wait_procs(below, timeout=5)[1] == []
 
