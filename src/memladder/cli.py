@@ -363,7 +363,10 @@ def _run(application: typer.Typer) -> NoReturn:
         _fail(" ".join(error.format_message().split()))
     if code == _INTERRUPTED:
         # Some versions of typer turn the interrupt into this status themselves.
-        print("memladder: stopped; the same command does what is left, what was finished is kept", file=sys.stderr)
+        print(
+            "memladder: stopped; what was finished is kept, the same command does the rest",
+            file=sys.stderr,
+        )
     sys.exit(code or 0)
 
 

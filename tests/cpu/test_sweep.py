@@ -134,7 +134,10 @@ def test_ctrl_c_stops_cleanly(sweep: Sweep) -> None:
     process.send_signal(signal.SIGINT)
     _, err = sweep.end_of(process, 10)
     assert process.returncode == 130
-    assert err.splitlines()[-1] == "memladder: stopped; the same command does what is left, what was finished is kept"
+    assert (
+        err.splitlines()[-1]
+        == "memladder: stopped; what was finished is kept, the same command does the rest"
+    )
     assert "Traceback" not in err
     assert psutil.wait_procs(below, timeout=5)[1] == []
 
