@@ -88,10 +88,10 @@ def calls(capability: int) -> Iterator[tuple[str, Callable[[], None]]]:
         scales = torch.empty(2, 256, dtype=formats.get(spec).scale_dtype)
         yield f"quantise {spec}", partial(cuda.quantise, x, codes, scales, format=spec)
     for queries, d in ((1, 128), (32, 128), (512, 128), (512, 96)):
-        for name in ("frequencies", "slopes"):
+        for alibi in (False, True):
             query = torch.empty(queries, 8 * d).half()
             for exact in (False, True):
-                yield f"attention {queries} {d} {name} {exact}", attended(query, name, exact)
+                yield f"attention {queries} {d} {alibi} {exact}", attended(query, alibi, exact)
     for weight, activation in PAIRS + OTHERS:
         if has_fp8 or "fp8" not in weight:
             for rows in (1, 32, 512):
@@ -101,8 +101,8 @@ def calls(capability: int) -> Iterator[tuple[str, Callable[[], None]]]:
     yield "matmul int4 fp16 512 narrow", products(512, 1024, 8192, "int4", "fp16")
 
 
-def attended(query: Tensor, name: str, exact: bool) -> Callable[[], None]:
-    options: dict[str, Any] = {name: torch.empty(64)}
+def attended(query: Tensor, alibi: bool, exact: bool) -> Callable[[], None]:
+    options: dict[str, Any] = {"slopes": torch.empty(64)} if alibi else {}
     sizes = {"sequences": 1, "heads": 8, "kv_heads": 8, "exact": exact}
     return lambda: cuda.attention(query, query, query, query, **sizes, **options)
 

@@ -155,18 +155,14 @@ def test_rotary(heads: int, d: int, start: int) -> None:
         (1, 200, 200, 2, 2, 32),
     ],
 )
-@pytest.mark.parametrize("positions", ["rotary", "alibi", ""])
+@pytest.mark.parametrize("alibi", [False, True])
 def test_attention(
-    sequences: int, queries: int, keys: int, heads: int, kv_heads: int, d: int, positions: str
+    sequences: int, queries: int, keys: int, heads: int, kv_heads: int, d: int, alibi: bool
 ) -> None:
     query = normal(sequences * queries, heads * d).half()
     key = normal(sequences * keys, kv_heads * d, seed=1).half()
     value = normal(sequences * keys, kv_heads * d, seed=2).half()
-    options = {
-        "rotary": {"frequencies": 10_000 ** (-torch.arange(0, d, 2) / d)},
-        "alibi": {"slopes": torch.arange(1, heads + 1) / heads},
-        "": {},
-    }[positions]
+    options: dict[str, Any] = {"slopes": torch.arange(1, heads + 1) / heads} if alibi else {}
     sizes = {"sequences": sequences, "heads": heads, "kv_heads": kv_heads}
     expected = poisoned(*query.shape)
     naive.attention(query, key, value, expected, **sizes, **options)
@@ -204,21 +200,77 @@ def test_matmul(weight: str, activation: str, rows: int, n: int, k: int) -> None
     options |= {
         "bias": normal(n, seed=2).half(),
         "activation": ("silu", "gelu", "gelu_tanh", "relu", "")[rows % 5],
-        "factor": normal(rows, n, seed=3).half(),
         "residual": normal(rows, n, seed=4).half(),
     }
     found, expected = poisoned(rows, n), poisoned(rows, n)
     run(cuda.matmul, x, packed, found, **options)
     naive.matmul(x, packed, expected, **options)
     assert error(found, expected) < 5e-4
-    # The epilogue's operands may be written over; alone, the product.
-    factor = options["factor"]
-    run(cuda.matmul, x, packed, factor, **options)
-    assert torch.equal(factor, found)
+    # The residual may be written over; alone, the product.
+    residual = options["residual"]
+    run(cuda.matmul, x, packed, residual, **options)
+    assert torch.equal(residual, found)
     options = {name: options[name] for name in ("scales", "format") if name in options}
     run(cuda.matmul, x, packed, found, **options)
     naive.matmul(x, packed, expected, **options)
     assert error(found, expected) < 5e-4
+
+
+FIGURE = [
+    *(("fp16", "fp16"), ("int4", "fp16"), ("nf4", "fp16")),
+    *(("fp8", "fp8"), ("mxfp8", "mxfp8"), ("int1", "int8")),
+]
+
+
+@pytest.mark.parametrize(("weight", "activation"), FIGURE)
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize(("rows", "n", "k"), [(1, 70, 528), (9, 130, 512), (70, 64, 320)])
+def test_gated_linear_units(
+    weight: str, activation: str, biased: bool, rows: int, n: int, k: int
+) -> None:
+    kind = formats.get(weight)
+    gate, up = (
+        PackedMatrix.pack(kind, kind.quantise(normal(n, k, seed=seed, std=0.05))) for seed in (1, 2)
+    )
+    x = normal(rows, k).half()
+    options: dict[str, Any] = {"activation": "silu" if biased else "gelu_tanh"}
+    if activation != "fp16":
+        x, scales = quantised(x, activation)
+        options |= {"scales": scales, "format": activation}
+    if biased:
+        options |= {"gate_bias": normal(n, seed=3).half(), "up_bias": normal(n, seed=4).half()}
+    found, expected = poisoned(rows, n), poisoned(rows, n)
+    run(cuda.glu, x, gate, up, found, **options)
+    naive.glu(x, gate, up, expected, **options)
+    assert error(found, expected) < 5e-4
+
+
+@pytest.mark.parametrize(("weight", "activation"), FIGURE)
+@pytest.mark.parametrize("parts", [("query", "key", "value"), ("key", "value"), ("query",)])
+@pytest.mark.parametrize(("rows", "k"), [(1, 512), (1, 301), (6, 320), (70, 256)])
+def test_attention_s_products(
+    weight: str, activation: str, parts: tuple[str, ...], rows: int, k: int
+) -> None:
+    kind = formats.get(weight)
+    sizes = {"query": 3 * 64, "key": 64, "value": 64}
+    x = normal(rows, k).half()
+    options: dict[str, Any] = {}
+    if activation != "fp16":
+        x, scales = quantised(x, activation)
+        options = {"scales": scales, "format": activation}
+    if rows != 6:
+        frequencies = 10_000 ** (-torch.arange(0, 64, 2) / 64)
+        options |= {"frequencies": frequencies, "head_dim": 64, "start": 3, "seq_len": 40}
+    for number, part in enumerate(parts):
+        matrix = kind.quantise(normal(sizes[part], k, seed=number, std=0.05))
+        options[f"{part}_weight"] = PackedMatrix.pack(kind, matrix)
+        if rows == 6:
+            options[f"{part}_bias"] = normal(sizes[part], seed=number).half()
+    found, expected = ({part: poisoned(rows, sizes[part]) for part in parts} for _ in range(2))
+    run(cuda.qkv, x, **options, **found)
+    naive.qkv(x, **options, **expected)
+    for part in parts:
+        assert error(found[part], expected[part]) < 7e-4
 
 
 @pytest.mark.parametrize("std", [1e-6, 20.0])

@@ -117,21 +117,23 @@ def test_integers_are_summed_exactly(weight: str) -> None:
         ("relu", functional.relu),
     ],
 )
-def test_epilogues_may_write_over_their_operand(name: str, twin) -> None:
+def test_epilogues(name: str, twin) -> None:
     kind = formats.get("int4")
-    quantised = kind.quantise(normal(130, 200, seed=1) / 14)
-    packed = PackedMatrix.pack(kind, quantised)
-    x, factor, residual = normal(9, 200), normal(9, 130, seed=2), normal(9, 130, seed=3)
-    product = twin(x.double() @ kind.dequantise(quantised).double().t())
-    whole = product * factor.double() + residual.double()
+    gate, up = (kind.quantise(normal(130, 200, seed=seed) / 14) for seed in (1, 4))
+    packed = PackedMatrix.pack(kind, gate), PackedMatrix.pack(kind, up)
+    x, residual, bias = normal(9, 200), normal(9, 130, seed=3), normal(130, seed=5)
+    product = x.double() @ kind.dequantise(gate).double().t()
+    expected = twin(product) + residual.double()
     out = poisoned(9, 130)
-    naive.matmul(x, packed, out, activation=name, factor=factor, residual=residual)
-    assert error(out, whole) < 5e-4
-    gated, added = factor.clone(), residual.clone()
-    naive.matmul(x, packed, gated, activation=name, factor=gated)
-    assert error(gated, product * factor.double()) < 5e-4
-    naive.matmul(x, packed, added, activation=name, residual=added)
-    assert error(added, product + residual.double()) < 5e-4
+    naive.matmul(x, packed[0], out, activation=name, residual=residual)
+    assert error(out, expected) < 5e-4
+    naive.matmul(x, packed[0], residual, activation=name, residual=residual)
+    assert torch.equal(residual, out)
+    other = x.double() @ kind.dequantise(up).double().t()
+    naive.glu(x, *packed, out, activation=name)
+    assert error(out, twin(product) * other) < 5e-4
+    naive.glu(x, *packed, out, activation=name, gate_bias=bias, up_bias=bias)
+    assert error(out, twin(product + bias.double()) * (other + bias.double())) < 5e-4
 
 
 def rotated(x: Tensor, positions: Tensor, frequencies: Tensor) -> Tensor:
@@ -151,43 +153,57 @@ def test_rotary_positions_start_anywhere_and_wrap() -> None:
     assert error(x, expected) < 4e-4
 
 
-@pytest.mark.parametrize("positions", ["", "rotary", "alibi"])
+def test_attention_s_products_some_or_all_of_them() -> None:
+    kind = formats.get("int4")
+    frequencies = 10000.0 ** -(torch.arange(0, 32, 2) / 32)
+    parts = [kind.quantise(normal(n, 200, seed=n) / 14) for n in (128, 64, 65)]
+    query, key, value = (PackedMatrix.pack(kind, part) for part in parts)
+    x, bias = normal(9, 200), normal(128, seed=2)
+    q, k, v = (poisoned(9, len(part.codes)) for part in parts)
+    naive.qkv(
+        *(x,),
+        **{"query_weight": query, "key_weight": key, "query": q, "key": k, "query_bias": bias},
+        **{"frequencies": frequencies, "head_dim": 32, "start": 5, "seq_len": 9},
+    )
+    positions = torch.arange(9).add(5) % 9
+    for out, part, offset in ((q, parts[0], bias.double()), (k, parts[1], 0.0)):
+        plain = x.double() @ kind.dequantise(part).double().t() + offset
+        turned = rotated(plain.view(9, -1, 32), positions, frequencies).flatten(1)
+        assert error(out, turned) < 6e-4
+    naive.qkv(x, value_weight=value, value=v)
+    assert error(v, x.double() @ kind.dequantise(parts[2]).double().t()) < 5e-4
+
+
+@pytest.mark.parametrize("alibi", [False, True])
 @pytest.mark.parametrize(
     ("sequences", "queries", "keys", "heads", "kv_heads", "d"),
     [(1, 1, 1, 4, 2, 64), (3, 17, 17, 6, 6, 32), (1, 100, 1000, 8, 2, 64), (2, 600, 600, 2, 1, 96)],
 )
 def test_attention(
-    positions: str, sequences: int, queries: int, keys: int, heads: int, kv_heads: int, d: int
+    alibi: bool, sequences: int, queries: int, keys: int, heads: int, kv_heads: int, d: int
 ) -> None:
     query = 3 * normal(sequences * queries, heads * d)
     key = 3 * normal(sequences * keys, kv_heads * d, seed=1)
     value = normal(sequences * keys, kv_heads * d, seed=2)
-    frequencies = 10000.0 ** -(torch.arange(0, d, 2) / d)
     slopes = 2.0 ** -(torch.arange(heads) + 1.0)
 
     q = query.double().view(sequences, queries, heads, d)
     at = torch.arange(keys - queries, keys)
-    if positions == "rotary":
-        q = torch.stack([rotated(one, at, frequencies) for one in q])
     k, v = (x.double().view(sequences, keys, kv_heads, d) for x in (key, value))
     k, v = (x.repeat_interleave(heads // kv_heads, dim=2).transpose(1, 2) for x in (k, v))
     distance = torch.arange(keys) - at.unsqueeze(1)
     bias = torch.zeros(heads, queries, keys, dtype=torch.float64)
-    if positions == "alibi":
+    if alibi:
         # By the key's position, as models write it: softmax does not tell.
         bias += slopes.double().view(-1, 1, 1) * torch.arange(keys)
     bias = bias.masked_fill(distance > 0, -torch.inf)
     expected = functional.scaled_dot_product_attention(q.transpose(1, 2), k, v, bias)
     expected = expected.transpose(1, 2).reshape(sequences * queries, heads * d)
 
-    options = {
-        "rotary": {"frequencies": frequencies},
-        "alibi": {"slopes": slopes},
-        "": {},
-    }[positions]
     naive.attention(
         *(query, key, value, query),
-        **{"sequences": sequences, "heads": heads, "kv_heads": kv_heads, **options},
+        **{"sequences": sequences, "heads": heads, "kv_heads": kv_heads},
+        slopes=slopes if alibi else None,
     )
     assert error(query, expected) < 5e-4
 

@@ -26,7 +26,7 @@ from memladder.models import layer as layers
 from memladder.models import tensor_shapes
 from memladder.models.weights import hidden_states
 
-_ATTENTION = "memladder_stored_keys"
+_ATTENTION = "memladder_stored_positions"
 
 
 def output(packed: PackedLayer, shape: Shape, seed: int, activation: Format | None) -> np.ndarray:
@@ -96,10 +96,10 @@ def _round(block: nn.Module, activation: Format, stored: tuple[str, ...]) -> Non
             module.register_forward_hook(_on_output)
     attention = getattr(block, "self_attn", None)
     if attention is not None:
-        # Keys are stored once more, after their rotation.
+        # Queries and keys are stored once more, after their rotation.
         from transformers import AttentionInterface
 
-        AttentionInterface.register(_ATTENTION, _with_stored_keys)
+        AttentionInterface.register(_ATTENTION, _with_stored_positions)
         attention.config._attn_implementation = _ATTENTION
 
 
@@ -115,9 +115,9 @@ def _on_output(_: nn.Module, __: Any, found: Tensor) -> Tensor:
     return _stored(found)
 
 
-def _with_stored_keys(
+def _with_stored_positions(
     module: nn.Module, query: Tensor, key: Tensor, *rest: Any, **named: Any
 ) -> Any:
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    return sdpa_attention_forward(module, query, _stored(key), *rest, **named)
+    return sdpa_attention_forward(module, _stored(query), _stored(key), *rest, **named)

@@ -152,7 +152,7 @@ def lookup(numbers: Tensor, codes: Tensor) -> Tensor:
     """numbers[codes], in the memory order of the codes, [rows, columns]."""
     if not codes.is_contiguous():
         return lookup(numbers, codes.t().contiguous()).t()
-    return numbers.index_select(0, codes.view(-1).int()).view(codes.shape)
+    return numbers.to(codes.device).index_select(0, codes.view(-1).int()).view(codes.shape)
 
 
 def absmax(values: Tensor) -> Tensor:

@@ -144,7 +144,9 @@ class Layout:
             codes = stored.reshape(rows, -1)
             return (codes.view(torch.int16) if self.bits == 16 else codes)[:, :columns]
         byte = stored.permute(1, 3, 0, 2).reshape(column_tiles, row_bytes, rows)
-        codes = torch.empty(column_tiles * self.tile_columns, rows, dtype=torch.uint8)
+        codes = torch.empty(
+            column_tiles * self.tile_columns, rows, dtype=torch.uint8, device=stored.device
+        )
         mask = (1 << self.bits) - 1
         for number, place in enumerate(self._places(codes)):
             torch.bitwise_right_shift(byte.view(place.shape), number * self.bits, out=place)

@@ -77,7 +77,8 @@ def rotary(
     position. Row i has position (start + i) mod seq_len.
     """
     for part in _row_blocks(x):
-        positions = torch.arange(part.start, part.stop).add_(start).remainder_(seq_len)
+        positions = torch.arange(part.start, part.stop, device=x.device)
+        positions = positions.add_(start).remainder_(seq_len)
         heads = x[part].float().view(part.stop - part.start, -1, head_dim)
         out[part] = _rotated(heads, positions, frequencies).flatten(1)
 
@@ -91,7 +92,6 @@ def attention(
     sequences: int,
     heads: int,
     kv_heads: int,
-    frequencies: Tensor | None = None,
     slopes: Tensor | None = None,
     exact: bool = False,
 ) -> None:
@@ -99,12 +99,11 @@ def attention(
 
     query, out [sequences · queries, heads · d], may be the same; key, value [sequences · keys,
     kv_heads · d]. The queries are the last of the keys' tokens: query i of a sequence sees the keys
-    up to keys − queries + i. Head h reads key and value head h · kv_heads / heads. With
-    `frequencies` queries are rotated on the way in (`rotary`; keys were when they were made); with
-    `slopes` float32 [heads] ALiBi is added. Online softmax: Milakov and Gimelshein 2018.
+    up to keys − queries + i. Head h reads key and value head h · kv_heads / heads. With `slopes`
+    float32 [heads] ALiBi is added. Online softmax: Milakov and Gimelshein 2018.
 
-    Tensor cores multiply float16: without `exact` a kernel may round rotated queries and the
-    softmax's weights to it. Nothing is rounded here.
+    Tensor cores multiply float16: without `exact` a kernel may round the softmax's weights to it.
+    Nothing is rounded here.
     """
     del exact
     d = query.shape[1] // heads
@@ -125,10 +124,7 @@ def attention(
             slope = None if slopes is None else slopes.view(kv_heads, group, 1, 1)[h]
             for r in _blocks(queries, rows):
                 tile = q[s, h, :, r].float()
-                positions = torch.arange(r.start, r.stop) + keys - queries
-                if frequencies is not None:
-                    tile = _rotated(tile.transpose(-2, -3), positions, frequencies)
-                    tile = tile.transpose(-2, -3)
+                positions = torch.arange(r.start, r.stop, device=query.device) + keys - queries
                 tile = tile.mul_(d**-0.5)
                 o[s, h, :, r] = _attended(tile, k[s, h], v[s, h], positions, slope)
 
@@ -142,44 +138,114 @@ def matmul(
     scales: Tensor | None = None,
     format: str = "fp16",
     activation: str = "",
-    factor: Tensor | None = None,
     residual: Tensor | None = None,
 ) -> None:
-    """out = activation(x · Wᵀ + bias) · factor + residual.
+    """out = activation(x · Wᵀ + bias) + residual.
 
     x [rows, K]: float16, or with `scales` the codes of `format`, from `quantise`. weight [N, K].
-    bias [N]; factor, residual, out float16 [rows, N]: out may be factor or residual. Where both
-    operands are integers (`Format.is_integer`) products are summed as int32, exactly.
+    bias [N]; residual, out float16 [rows, N], may be the same. Where both operands are integers
+    (`Format.is_integer`) products are summed as int32, exactly.
     """
-    kind = formats.get(format)
-    integers = scales is not None and kind.is_integer and weight.format.is_integer
+    for m, n in _output_blocks(x, weight):
+        sums = ACTIVATIONS[activation](_product(x, weight, m, n, bias, scales, format))
+        if residual is not None:
+            sums += residual[m, n].float()
+        out[m, n] = sums
+
+
+def glu(
+    x: Tensor,
+    gate: PackedMatrix,
+    up: PackedMatrix,
+    out: Tensor,
+    *,
+    gate_bias: Tensor | None = None,
+    up_bias: Tensor | None = None,
+    scales: Tensor | None = None,
+    format: str = "fp16",
+    activation: str = "silu",
+) -> None:
+    """out = activation(x · Gᵀ + gate_bias) · (x · Uᵀ + up_bias): Shazeer 2020 (arXiv:2002.05202).
+
+    gate, up [N, K]; all else as in `matmul`.
+    """
+    for m, n in _output_blocks(x, gate):
+        sums = ACTIVATIONS[activation](_product(x, gate, m, n, gate_bias, scales, format))
+        out[m, n] = sums.mul_(_product(x, up, m, n, up_bias, scales, format))
+
+
+def qkv(
+    x: Tensor,
+    *,
+    query_weight: PackedMatrix | None = None,
+    key_weight: PackedMatrix | None = None,
+    value_weight: PackedMatrix | None = None,
+    query: Tensor | None = None,
+    key: Tensor | None = None,
+    value: Tensor | None = None,
+    query_bias: Tensor | None = None,
+    key_bias: Tensor | None = None,
+    value_bias: Tensor | None = None,
+    scales: Tensor | None = None,
+    format: str = "fp16",
+    frequencies: Tensor | None = None,
+    head_dim: int = 0,
+    start: int = 0,
+    seq_len: int = 1,
+) -> None:
+    """Attention's three products of x, or those of them whose weights are given.
+
+    With `frequencies` queries and keys are rotated as by `rotary`, after they were rounded to
+    float16. All else as in `matmul`.
+    """
+    for weight, out, bias in (
+        (query_weight, query, query_bias),
+        (key_weight, key, key_bias),
+        (value_weight, value, value_bias),
+    ):
+        if weight is None or out is None:
+            continue
+        matmul(x, weight, out, bias=bias, scales=scales, format=format)
+        if frequencies is not None and out is not value:
+            rotary(out, frequencies, out, head_dim=head_dim, start=start, seq_len=seq_len)
+
+
+def _output_blocks(x: Tensor, weight: PackedMatrix) -> Iterator[tuple[slice, slice]]:
     for m in _blocks(x.shape[0], _ROWS):
         for n in _blocks(weight.rows, _TILE // _ROWS):
-            if integers:
-                assert scales is not None
-                sums = _integer_sums(kind.integers(x[m]), weight, n)
-                sums *= scales[m].float()
-            else:
-                sums = torch.zeros(m.stop - m.start, n.stop - n.start)
-                for c in _blocks(weight.columns, _WEIGHT_COLUMNS):
-                    operand = _operand(x[m, c], None if scales is None else scales[m], c, kind)
-                    for w in _weight_blocks(n):
-                        part = sums[:, w.start - n.start : w.stop - n.start]
-                        part.addmm_(operand, _weights(weight, w, c).t())
-            if bias is not None:
-                sums += bias[n].float()
-            sums = ACTIVATIONS[activation](sums)
-            if factor is not None:
-                sums *= factor[m, n].float()
-            if residual is not None:
-                sums += residual[m, n].float()
-            out[m, n] = sums
+            yield m, n
+
+
+def _product(
+    x: Tensor,
+    weight: PackedMatrix,
+    m: slice,
+    n: slice,
+    bias: Tensor | None,
+    scales: Tensor | None,
+    format: str,
+) -> Tensor:
+    """Rows m and columns n of x · Wᵀ + bias, float32."""
+    kind = formats.get(format)
+    if scales is not None and kind.is_integer and weight.format.is_integer:
+        sums = _integer_sums(kind.integers(x[m]), weight, n)
+        sums *= scales[m].float()
+    else:
+        sums = torch.zeros(m.stop - m.start, n.stop - n.start, device=x.device)
+        for c in _blocks(weight.columns, _WEIGHT_COLUMNS):
+            operand = _operand(x[m, c], None if scales is None else scales[m], c, kind)
+            for w in _weight_blocks(n):
+                part = sums[:, w.start - n.start : w.stop - n.start]
+                part.addmm_(operand, _weights(weight, w, c).t())
+    if bias is not None:
+        sums += bias[n].float()
+    return sums
 
 
 def _integer_sums(x: Tensor, weight: PackedMatrix, n: slice) -> Tensor:
     """Exact sums of products, times the weight's scales: float32 [rows, n]."""
     assert weight.scales is not None
-    sums = torch.zeros(x.shape[0], n.stop - n.start, dtype=torch.int32)
+    sums = torch.zeros(x.shape[0], n.stop - n.start, dtype=torch.int32, device=x.device)
     for c in _blocks(weight.columns, _WEIGHT_COLUMNS):
         operand = x[:, c].contiguous()
         for w in _weight_blocks(n):
@@ -214,11 +280,11 @@ def _attended(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, slope: Tensor 
     """One tile of queries [sequences, heads, group, rows, d] over all keys that it may see."""
     *outer, group, rows, d = q.shape
     q = q.reshape(*outer, group * rows, d)
-    most = torch.full((*outer, group, rows, 1), -torch.inf)
+    most = torch.full((*outer, group, rows, 1), -torch.inf, device=q.device)
     total = torch.zeros_like(most)
-    sums = torch.zeros(*outer, group, rows, d)
+    sums = torch.zeros(*outer, group, rows, d, device=q.device)
     for c in _blocks(int(positions[-1]) + 1, _KEYS):
-        distance = torch.arange(c.start, c.stop) - positions.unsqueeze(1)
+        distance = torch.arange(c.start, c.stop, device=q.device) - positions.unsqueeze(1)
         scores = (q @ k[..., c, :].float().transpose(-1, -2)).view(*outer, group, rows, -1)
         if slope is not None:
             scores += slope * distance

@@ -78,27 +78,61 @@ class Builder:
         """One step more."""
         self.steps.append(Step(kernel, reads, writes, weights or {}, values or {}, in_place))
 
-    def linear(self, name: str, x: Rows, out: Rows, activation: str = "", **operands: Rows) -> Rows:
-        """out = epilogue(x · Wᵀ + bias): `activation`, then times `factor`, then plus `residual`.
-
-        An epilogue's operand is read where the result is written, so that it may be overwritten.
-        """
-        weights = {"weight": name}
-        if name in self.biases:
-            weights["bias"] = f"{name}.bias"
-        codes, scales = self._quantise(x, self.matrices[name].columns)
-        reads = {"x": codes, **({"scales": scales} if scales else {}), **operands}
-        values: dict[str, Value] = {"activation": activation} if activation else {}
-        if scales is not None:
-            values["format"] = str(self.activation)
-        in_place = tuple((operand, "out") for operand in operands)
-        self.step("matmul", reads, {"out": out}, weights, values, in_place)
+    def linear(
+        self, name: str, x: Rows, out: Rows, activation: str = "", residual: Rows | None = None
+    ) -> Rows:
+        """out = activation(x · Wᵀ + bias) + residual, which may be overwritten."""
+        reads, weights, values = self._operands(x, {"weight": name})
+        if activation:
+            values["activation"] = activation
+        if residual is None:
+            self.step("matmul", reads, {"out": out}, weights, values)
+        else:
+            reads["residual"] = residual
+            self.step("matmul", reads, {"out": out}, weights, values, (("residual", "out"),))
         return out
 
-    def _quantise(self, x: Rows, columns: int) -> tuple[Rows, Rows | None]:
+    def glu(self, x: Rows, out: Rows, activation: str) -> Rows:
+        """out = activation(gate) · up."""
+        reads, weights, values = self._operands(x, {"gate": "gate", "up": "up"})
+        self.step("glu", reads, {"out": out}, weights, values | {"activation": activation})
+        return out
+
+    def qkv(self, x: Rows, attention: Attention, start: int, **targets: Rows) -> None:
+        """`query`, `key`, `value`, or some of them; row 0 of x is at position `start`."""
+        reads, weights, values = self._operands(x, {f"{name}_weight": name for name in targets})
+        if attention.positions == "rotary":
+            weights["frequencies"] = "rotary.frequencies"
+            values |= {
+                "head_dim": attention.head_dim,
+                "start": start,
+                "seq_len": self.shape.seq_len,
+            }
+        self.step("qkv", reads, targets, weights, values)
+
+    def _operands(
+        self, x: Rows, matrices: dict[str, str]
+    ) -> tuple[dict[str, Rows], dict[str, str], dict[str, Value]]:
+        """What every product has: its reads, weights with their biases, and values.
+
+        `matrices` are their names by the kernel's arguments; `<argument>_bias` is its bias.
+        """
+        weights = dict(matrices)
+        for argument, name in matrices.items():
+            if name in self.biases:
+                stem = argument.removesuffix("weight").removesuffix("_")
+                weights[f"{stem}_bias" if stem else "bias"] = f"{name}.bias"
+        reads = {"x": x}
+        values: dict[str, Value] = {}
+        if self.activation is not None:
+            columns = self.matrices[next(iter(matrices.values()))].columns
+            reads["x"], reads["scales"] = self._quantise(x, columns)
+            values["format"] = str(self.activation)
+        return reads, weights, values
+
+    def _quantise(self, x: Rows, columns: int) -> tuple[Rows, Rows]:
         """The operand of a product in the activation's format, once for all who read it."""
-        if self.activation is None:
-            return x, None
+        assert self.activation is not None
         if x not in self.quantised:
             scale = self.activation.scale_dtype
             assert scale is not None
@@ -136,29 +170,33 @@ def attention_block(
         key, value = builder.new("key", rows, width), builder.new("value", rows, width)
         chunks = list(builder.chunks(start, rows))
         for at, size in chunks:
-            normed = _norm(builder, "attention_norm", norm, Rows(builder.input, at, size))
-            for target in (key, value):
-                part = Rows(target.buffer, at - start, size)
-                builder.linear("key" if target is key else "value", normed, part)
-                if target is key and attention.positions == "rotary":
-                    _rotate(builder, part, attention, at - start)
+            source = Rows(builder.input, at, size)
+            normed = _norm(builder, "attention_norm", norm, source)
+            targets = {
+                "key": Rows(key.buffer, at - start, size),
+                "value": Rows(value.buffer, at - start, size),
+            }
+            if len(chunks) == 1:
+                targets |= {"query": _query(builder, attention, size)}
+            builder.qkv(normed, attention, at - start, **targets)
         for at, size in chunks:
             source = Rows(builder.input, at, size)
             if len(chunks) > 1:
-                # Of several chunks only the last one's would still be there.
+                # All keys and values had to be there first; of their norms none was kept.
                 normed = _norm(builder, "attention_norm", norm, source)
-            query = builder.linear(
-                "query",
-                normed,
-                builder.new("query", size, attention.heads * attention.head_dim),
-            )
-            attended = _attend(builder, query, key, value, attention, at - start)
+                targets = {"query": _query(builder, attention, size)}
+                builder.qkv(normed, attention, at - start, **targets)
+            attended = _attend(builder, targets["query"], key, value, attention, at - start)
             builder.linear(
                 "output",
                 attended,
                 Rows(builder.output, at, size),
                 residual=normed if residual_is_norm else source,
             )
+
+
+def _query(builder: Builder, attention: Attention, size: int) -> Rows:
+    return builder.new("query", size, attention.heads * attention.head_dim)
 
 
 def mlp_block(
@@ -175,8 +213,7 @@ def mlp_block(
         normed = _norm(builder, "mlp_norm", norm, states)
         inner = builder.new("inner", size, width)
         if gated:
-            builder.linear("up", normed, inner)
-            builder.linear("gate", normed, inner, activation, factor=inner)
+            builder.glu(normed, inner, activation)
         else:
             builder.linear("up", normed, inner, activation)
         builder.linear("down", inner, states, residual=normed if residual_is_norm else states)
@@ -193,17 +230,6 @@ def _norm(builder: Builder, name: str, norm: Mapping[str, Value], x: Rows) -> Ro
     return out
 
 
-def _rotate(builder: Builder, x: Rows, attention: Attention, start: int) -> None:
-    builder.step(
-        "rotary",
-        {"x": x},
-        {"out": x},
-        {"frequencies": "rotary.frequencies"},
-        {"head_dim": attention.head_dim, "start": start, "seq_len": builder.shape.seq_len},
-        (("x", "out"),),
-    )
-
-
 def _attend(
     builder: Builder, query: Rows, key: Rows, value: Rows, attention: Attention, start: int
 ) -> Rows:
@@ -212,10 +238,7 @@ def _attend(
     several = key.count > seq_len
     # One sequence's chunk sees the keys up to its own last row; of several, each is whole.
     seen = key.count if several else start + query.count
-    weights = {
-        "rotary": {"frequencies": "rotary.frequencies"},
-        "alibi": {"slopes": "alibi.slopes"},
-    }[attention.positions]
+    weights = {"slopes": "alibi.slopes"} if attention.positions == "alibi" else {}
     out = builder.new("attended", query.count, attention.heads * attention.head_dim)
     builder.step(
         "attention",

@@ -29,7 +29,7 @@ _NORMS = {
     "attention_norm.weight": "input_layernorm.weight",
     "mlp_norm.weight": "post_attention_layernorm.weight",
 }
-STORED = tuple(_LINEARS[name] for name in ("query", "key", "value", "up"))
+STORED = tuple(_LINEARS[name] for name in ("query", "key", "value"))
 """Modules whose output the program keeps; the others' is changed before it is written."""
 _ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
 # Those whose angles depend neither on the sequence's length nor scale the attention.

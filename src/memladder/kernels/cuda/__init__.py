@@ -4,8 +4,18 @@ They run on NVIDIA GPUs, and on the CPU under Triton's interpreter.
 """
 
 from memladder.kernels.cuda.attention import attention
-from memladder.kernels.cuda.matmul import matmul
+from memladder.kernels.cuda.products import glu, matmul, qkv
 from memladder.kernels.cuda.rows import layer_norm, quantise, rms_norm, rotary
 from memladder.kernels.cuda.target import INTERPRETED
 
-__all__ = ["INTERPRETED", "attention", "layer_norm", "matmul", "quantise", "rms_norm", "rotary"]
+__all__ = [
+    "INTERPRETED",
+    "attention",
+    "glu",
+    "layer_norm",
+    "matmul",
+    "qkv",
+    "quantise",
+    "rms_norm",
+    "rotary",
+]

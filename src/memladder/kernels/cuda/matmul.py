@@ -15,7 +15,6 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from memladder import formats
 from memladder.errors import UnavailableError
 from memladder.formats.base import Format
 from memladder.formats.elements import ELEMENTS
@@ -24,9 +23,8 @@ from memladder.formats.int8 import Int8
 from memladder.formats.mxfp8 import Mxfp8
 from memladder.kernels.cuda.decode import affine, numbers, unpack_ptx, unpacked
 from memladder.kernels.cuda.epilogue import finished, power
-from memladder.kernels.cuda.matvec import matvec
+from memladder.kernels.cuda.part import Operand, Part
 from memladder.kernels.cuda.target import has_wgmma
-from memladder.kernels.packed import PackedMatrix
 
 # Fewer programs than an H100 or A100 has processors, about, and tiles become smaller.
 _PROGRAMS = 96
@@ -160,23 +158,28 @@ def tile(
     return found
 
 
-def matmul(
-    x: Tensor,
-    weight: PackedMatrix,
-    out: Tensor,
-    *,
-    bias: Tensor | None = None,
-    scales: Tensor | None = None,
-    format: str = "fp16",
-    activation: str = "",
-    factor: Tensor | None = None,
-    residual: Tensor | None = None,
+def product(operand: Operand, part: Part, activation: str, residual: Tensor | None) -> bool:
+    """out = activation(x · Wᵀ + bias) + residual.
+
+    Raises UnavailableError for a pair of formats that has no kernel.
+    """
+    _run(operand, part, activation, None, residual)
+    return True
+
+
+def gated(operand: Operand, gate: Part, up: Part, activation: str) -> bool:
+    """out = activation(gate) · up."""
+    _run(operand, up, "", None, None)
+    _run(operand, gate, activation, gate.out, None)
+    return True
+
+
+def _run(
+    given: Operand, part: Part, activation: str, factor: Tensor | None, residual: Tensor | None
 ) -> None:
-    """As `naive.matmul`. Raises UnavailableError for a pair of formats that has no kernel."""
+    x, scales, kind = given.x, given.scales, given.format
+    weight, out, bias = part.weight, part.out, part.bias
     epilogue = (bias, factor, residual)
-    kind = formats.get(format) if scales is not None else formats.get("fp16")
-    if x.shape[0] == 1 and matvec(x, weight, out, scales, kind, activation, *epilogue):
-        return
     layout, own = weight.layout, weight.format
     operand = _operand(own, kind)
     values = numbers(str(own)) if layout.is_packed else ()

@@ -6,20 +6,21 @@ unpacks of them it multiplies there, and the sums meet at the end.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from memladder.formats.base import Format
 from memladder.formats.elements import ELEMENTS
 from memladder.formats.fp8 import Fp8
 from memladder.formats.mxfp8 import Mxfp8
 from memladder.kernels.cuda.decode import affine, decoded, dot_ptx, numbers
 from memladder.kernels.cuda.epilogue import finished, power
+from memladder.kernels.cuda.part import Operand, Part
 from memladder.kernels.cuda.target import INTERPRETED
 from memladder.kernels.layout import Layout
-from memladder.kernels.packed import PackedMatrix
 
 _DP4A = "dp4a.u32.s32 $0, $1, $2, $3;"
 
@@ -171,18 +172,13 @@ def _whole(x, weight, w_scales, x_scales, bias, factor, residual, out, N, K, str
              ACTIVATION, BIAS, FACTOR, RESIDUAL)  # fmt: skip
 
 
-def matvec(
-    x: Tensor,
-    weight: PackedMatrix,
-    out: Tensor,
-    scales: Tensor | None,
-    kind: Format,
-    activation: str,
-    bias: Tensor | None,
-    factor: Tensor | None,
-    residual: Tensor | None,
-) -> bool:
-    """Whether this pair of formats has such a kernel; then it ran."""
+def product(operand: Operand, part: Part, activation: str, residual: Tensor | None) -> bool:
+    """out = activation(x · Wᵀ + bias) + residual; False where there is no such kernel."""
+    if operand.rows != 1:
+        return False
+    x, scales, kind = operand.x, operand.scales, operand.format
+    weight, out, bias = part.weight, part.out, part.bias
+    factor: Tensor | None = None
     layout, own = weight.layout, weight.format
     epilogue = {
         "ACTIVATION": activation,
@@ -260,3 +256,13 @@ def _ptx(own: Format, layout: Layout, integer: bool) -> str:
     if integer:
         return "" if INTERPRETED else _DP4A
     return dot_ptx(str(own), layout.interleaved)
+
+
+def gated(operand: Operand, gate: Part, up: Part, activation: str) -> bool:
+    """out = activation(gate) · up; False where there is no such kernel."""
+    return False
+
+
+def several(operand: Operand, parts: Sequence[Part]) -> bool:
+    """The products of several weights in one launch; False where there is no such kernel."""
+    return False
