@@ -348,11 +348,12 @@ def show_floor(path: Path) -> int:
     """Print the engine's measured cells against their floor; 1 when one is beyond its bound."""
     from memladder.report import floor
 
-    rows = floor.rows(_read_store(path).records)
-    if not rows:
-        raise UsageError(f"{path} holds no cell of ladder that was measured on a CPU")
-    print(floor.to_markdown(rows), end="")
-    return 0 if all(row.holds for row in rows) else 1
+    records = _read_store(path).records
+    tables = [found for device in ("cpu", "cuda") if (found := floor.rows(records, device))]
+    if not tables:
+        raise UsageError(f"{path} holds no measured cell of ladder")
+    print("\n".join(map(floor.to_markdown, tables)), end="")
+    return 0 if all(row.holds for rows in tables for row in rows) else 1
 
 
 def doctor() -> int:

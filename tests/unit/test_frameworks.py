@@ -13,7 +13,7 @@ from memladder.case import Case, Shape
 from memladder.errors import UsageError
 from memladder.frameworks import onnxruntime, pytorch
 from memladder.frameworks.base import OutOfMemoryError
-from memladder.frameworks.torch_memory import memory_errors
+from memladder.frameworks.torch_common import memory_errors
 from memladder.units import GIB, MIB
 
 

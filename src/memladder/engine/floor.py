@@ -32,6 +32,11 @@ class Floor:
         """Together."""
         return self.weights + self.activations
 
+    def device_bound(self, context: int) -> int:
+        """What a process on CUDA may take beside a context of that size, in all: 3 % and 8 MiB
+        more, for allocations' granularity and the kernels' code."""
+        return (context + self.nbytes) * 103 // 100 + 8 * MIB
+
     @property
     def host_bound(self) -> int:
         """What a process on the CPU may grow by: 5 % and 64 MiB more, for tiles and libraries."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 
 import torch
@@ -15,7 +16,6 @@ from memladder.engine.packed_layer import PackedLayer
 from memladder.engine.plan import plan
 from memladder.errors import UsageError
 from memladder.formats.base import Format
-from memladder.kernels import naive
 
 # As in the figure: a weight format that comes with an activation format of its own.
 _ACTIVATIONS = {"fp8": "fp8", "mxfp8": "mxfp8", "int1": "int8"}
@@ -23,24 +23,29 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
 class Layer:
-    """One decoder layer, its weights mapped from the packed file.
+    """One decoder layer: on the CPU its weights are mapped from the packed file, on a GPU copied.
 
-    Memory: the weights, once they were used, and one arena, of the last shape that it was called
-    with. `activation` is None for float16.
+    Memory: the weights, and one arena, of the last shape that it was called with. `activation` is
+    None for float16.
     """
 
-    def __init__(self, packed: PackedLayer, activation: Format | None) -> None:
+    def __init__(
+        self, packed: PackedLayer, activation: Format | None, device: torch.device
+    ) -> None:
         self.packed = packed
         self.activation = activation
+        self.device = device
+        kernels = "naive" if device.type == "cpu" else "cuda"
+        self._kernels = importlib.import_module(f"memladder.kernels.{kernels}")
         self._shape: Shape | None = None
         self._execution: Execution | None = None
 
     def __call__(self, states: Tensor) -> Tensor:
         """Hidden states [batch, sequence, hidden_size] before the layer to those after it.
 
-        Sequences start at position 0 and are causal. Takes float16, bfloat16 or float32 on the CPU,
-        computes in float16, and returns a new tensor of the same dtype. Raises UsageError for
-        anything else.
+        Sequences start at position 0 and are causal. Takes float16, bfloat16 or float32 on the
+        layer's device, computes in float16, and returns a new tensor of the same dtype. Raises
+        UsageError for anything else.
         """
         hidden = self.packed.config.values["hidden_size"]
         given = f"{str(states.dtype).removeprefix('torch.')} {list(states.shape)}"
@@ -49,8 +54,8 @@ class Layer:
                 f"hidden states are {given}; allowed: [batch, sequence, {hidden}] "
                 "in float16, bfloat16 or float32"
             )
-        if states.device.type != "cpu":
-            raise UsageError(f"hidden states are on {states.device}; the engine runs on cpu")
+        if states.device != self.device:
+            raise UsageError(f"hidden states are on {states.device}, the layer on {self.device}")
         execution = self._prepared(Shape(*states.shape[:2]))
         with torch.inference_mode():
             execution.input.copy_(states.reshape(-1, hidden))
@@ -66,20 +71,27 @@ class Layer:
                 config.values, shape, self.activation
             )
             planned = plan(program)
-            arena = torch.empty(planned.nbytes, dtype=torch.uint8)
-            self._execution = Execution(program, planned, self.packed, naive, arena)
+            arena = torch.empty(planned.nbytes, dtype=torch.uint8, device=self.device)
+            self._execution = Execution(program, planned, self.packed, self._kernels, arena)
             self._shape = shape
         return self._execution
 
 
-def load_layer(path: str | Path, *, activation: str | None = None) -> Layer:
+def load_layer(
+    path: str | Path, *, activation: str | None = None, device: str | torch.device | None = None
+) -> Layer:
     """A layer packed by `memladder quantize`, ready to be called.
+
+    `device` is a torch device, `cpu` or `cuda:N`: by default PyTorch's current GPU where it has
+    one, else the CPU.
 
     `activation` is the format in which the linear layers' inputs are multiplied: by default the one
     that the figure pairs with the weights', fp8 with fp8, mxfp8 with mxfp8, int8 with int1, and
     fp16 with all others. Raises FormatError for a file that is no packed layer, and for formats
-    that don't exist; UsageError for a format that is none of activations.
+    that don't exist; UsageError for a format that is none of activations, and for a device that
+    is not here.
     """
+    where = _device(device)
     packed = packed_layer.load(Path(path))
     name = str(packed.format).partition(":")[0]
     spec = _ACTIVATIONS.get(name, "fp16") if activation is None else activation
@@ -87,4 +99,21 @@ def load_layer(path: str | Path, *, activation: str | None = None) -> Layer:
     if not kind.is_activation:
         allowed = ", ".join(key for key in formats.names() if formats.get(key).is_activation)
         raise UsageError(f"{spec} is no activation format; allowed: {allowed}")
-    return Layer(packed, None if kind.bits == 16 else kind)
+    if where.type == "cuda":
+        block = torch.empty(packed_layer.device_bytes(packed), dtype=torch.uint8, device=where)
+        packed = packed_layer.on_device(packed, block)
+    return Layer(packed, None if kind.bits == 16 else kind, where)
+
+
+def _device(wanted: str | torch.device | None) -> torch.device:
+    count = torch.cuda.device_count()
+    try:
+        found = torch.device(wanted or ("cuda" if count else "cpu"))
+    except RuntimeError:
+        raise UsageError(f"{str(wanted)[:40]!r} is no device; allowed: cpu, cuda:N") from None
+    if found.type == "cuda" and found.index is None and count:
+        found = torch.device("cuda", torch.cuda.current_device())
+    if found.type not in ("cpu", "cuda") or (found.type == "cuda" and (found.index or 0) >= count):
+        gpus = f"cuda:0 to cuda:{count - 1}" if count else "no CUDA device"
+        raise UsageError(f"{found} can't be used; here are: cpu, {gpus}")
+    return found

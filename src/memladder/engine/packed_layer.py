@@ -20,6 +20,7 @@ from torch import Tensor
 
 from memladder import formats, models
 from memladder.engine import programs
+from memladder.engine.plan import ALIGNMENT
 from memladder.errors import ConfigError, FormatError, UsageError
 from memladder.formats.base import Format
 from memladder.kernels.layout import Layout
@@ -115,6 +116,41 @@ def load(path: Path) -> PackedLayer:
                 f"not {dtype} {list(shape)}"
             )
     return _assembled(config, kind, found)
+
+
+def device_bytes(layer: PackedLayer) -> int:
+    """What `on_device` needs: all tensors, each aligned as a GPU's allocator would."""
+    return sum(_aligned(tensor.nbytes) for tensor in _tensors(layer))
+
+
+def on_device(layer: PackedLayer, block: Tensor) -> PackedLayer:
+    """The layer copied into `block`, uint8, of `device_bytes` at least; no kernel runs for it.
+
+    The file's pages are read as they are copied; nothing of the layer is in memory besides.
+    """
+    end = 0
+
+    def move(tensor: Tensor) -> Tensor:
+        nonlocal end
+        start, end = end, end + _aligned(tensor.nbytes)
+        place = block[start : start + tensor.nbytes]
+        place.copy_(tensor.contiguous().view(-1).view(torch.uint8))
+        return place.view(tensor.dtype).view(tensor.shape)
+
+    matrices = {name: matrix.moved(move) for name, matrix in layer.matrices.items()}
+    vectors = {name: move(vector) for name, vector in layer.vectors.items()}
+    return PackedLayer(layer.config, layer.format, matrices, vectors)
+
+
+def _tensors(layer: PackedLayer) -> Iterator[Tensor]:
+    for matrix in layer.matrices.values():
+        parts = (matrix.codes, matrix.scales, matrix.zeros)
+        yield from (part for part in parts if part is not None)
+    yield from layer.vectors.values()
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
 
 
 @contextmanager

@@ -161,6 +161,11 @@ def absmax(values: Tensor) -> Tensor:
     return torch.maximum(high, -low)
 
 
+def divided(values: Tensor, by: float) -> Tensor:
+    """values / by, rounded once on every device: PyTorch multiplies by the inverse on CUDA."""
+    return values / torch.full_like(values, by)
+
+
 def half(scales: Tensor) -> Tensor:
     """Scales as float16. Raises FormatError for one that is too large: values would be NaN."""
     stored = scales.to(torch.float16)

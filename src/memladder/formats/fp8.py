@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from memladder.formats.base import Format, Quantised, absmax, choose, half
+from memladder.formats.base import Format, Quantised, absmax, choose, divided, half
 from memladder.formats.elements import ELEMENTS
 
 _SCALES = {"float32": torch.float32, "float16": torch.float16}
@@ -42,7 +42,7 @@ class Fp8(Format):
         element = ELEMENTS[self.element]
         values = values.float()
         most = absmax(values)
-        scales = torch.where(most == 0, 1.0, most / element.top)
+        scales = torch.where(most == 0, 1.0, divided(most, element.top))
         if self.scale == "float16":
             scales = half(scales)
         # A float16 scale may vanish; its row then is zero.

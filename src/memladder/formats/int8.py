@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from memladder.formats.base import Format, Quantised, absmax
+from memladder.formats.base import Format, Quantised, absmax, divided
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Int8(Format):
         """Nearest, ties to even. A row of zeros has scale 1."""
         values = values.float()
         most = absmax(values)
-        scales = torch.where(most == 0, 1.0, most / 127)
+        scales = torch.where(most == 0, 1.0, divided(most, 127.0))
         codes = torch.round(values / scales).clamp_(-127, 127).to(torch.int8)
         return Quantised(codes.view(torch.uint8), scales)
 

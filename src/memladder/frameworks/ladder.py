@@ -7,31 +7,45 @@ variant with fp16 activations.
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import importlib.util
+import os
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from memladder import formats
-from memladder.case import FIGURE_SYSTEMS
+from memladder.case import FIGURE_SYSTEMS, Case
 from memladder.frameworks.base import Availability, Framework, Job, Session, Setting
-from memladder.frameworks.torch_memory import memory_errors
+from memladder.frameworks.torch_common import cuda_build, memory_errors
+from memladder.models.weights import fill_hidden_states
 
 if TYPE_CHECKING:
     import numpy as np
+    from torch import Tensor
 
     from memladder.formats.base import Format
 
-_INSTALL = "pip install 'memladder[ladder]'"
+_INSTALL = {
+    "cpu": "pip install 'memladder[ladder]'",
+    "cuda": "pip install 'memladder[ladder-cuda]'",
+}
 _NEEDED = ("torch", "transformers", "safetensors")
+_NEEDED_ON_CUDA = ("triton", "cuda.bindings")
 # Kept as it is, or an activation's format only.
 _NO_WEIGHTS = {"fp16", "int8"}
+# Compute capabilities: asynchronous copies into shared memory, and fp8 arithmetic.
+_LEAST = (8, 0)
+_LEAST_FP8 = (8, 9)
+# ‖y − ref‖ / ‖ref‖ on CUDA where activations are quantised: rounding to 8 bits is a step function,
+# and sums in another order move some values over a step.
+_STEPS = 1e-2
 
 
 class Ladder(Framework):
     """The engine with one format for activations and one for weights."""
 
-    packages = ("torch", "transformers", "safetensors")
+    packages = ("torch", "triton", "transformers", "safetensors")
 
     def __init__(self, activation: str, weight: str) -> None:
         self.activation = activation
@@ -39,15 +53,38 @@ class Ladder(Framework):
         self.title = f"Ladder-W_{weight.upper()} A_{activation.upper()}"
 
     def availability(self, device: str) -> Availability:
-        """Its CUDA kernels have not run on a GPU yet."""
-        missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+        """On CUDA it needs a CUDA build of torch, Triton, and a GPU that has what it uses."""
+        needed = _NEEDED if device == "cpu" else _NEEDED + _NEEDED_ON_CUDA
+        install = _INSTALL[device.partition(":")[0]]
+        missing = [name for name in needed if not _installed(name)]
         if missing:
-            return Availability(False, None, f"{', '.join(missing)} not installed", _INSTALL)
+            return Availability(False, None, f"{', '.join(missing)} not installed", install)
         version = importlib.metadata.version("torch")
-        if device != "cpu":
-            reason = "the engine does not use its CUDA kernels yet; it runs with --device cpu"
-            return Availability(False, version, reason)
-        return Availability(True, version)
+        if device == "cpu":
+            return Availability(True, version)
+        if cuda_build() is None:
+            return Availability(False, version, f"torch {version} is built without CUDA", install)
+        reason = self._too_old(device)
+        return Availability(reason is None, version, reason)
+
+    def _too_old(self, device: str) -> str | None:
+        found = _capability(device)
+        least = _LEAST_FP8 if "fp8" in self.weight else _LEAST
+        if found is None or found >= least:
+            return None
+        return (
+            f"{self.title} needs compute capability {least[0]}.{least[1]}; "
+            f"{device} has {found[0]}.{found[1]}"
+        )
+
+    def environment(self, case: Case) -> Mapping[str, str]:
+        """On CUDA: kernels are loaded when they are used, and allocations are the driver's own.
+
+        PyTorch's caching allocator takes 20 MiB for a block of 1 to 10 MiB.
+        """
+        if case.device == "cpu":
+            return {}
+        return {"CUDA_MODULE_LOADING": "LAZY", "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 
     def prepare(self, job: Job) -> None:
         """The packed layer."""
@@ -64,9 +101,11 @@ class Ladder(Framework):
         return reference.output(packed, job.case.shape, job.seed, self.activation_format())
 
     def tolerance(self, device: str) -> float:
-        """Four unit roundoffs of float16 (2^-11), in which activations are kept between steps."""
-        del device
-        return 2e-3
+        """Four unit roundoffs of float16 (2^-11), in which activations are kept between steps.
+
+        Where they are quantised the Triton kernels may err more: `_STEPS`.
+        """
+        return 2e-3 if device == "cpu" or self.activation == "fp16" else _STEPS
 
     def session(self, job: Job, announce: Callable[[str], None]) -> Session:
         """Import torch and the engine."""
@@ -80,52 +119,75 @@ class Ladder(Framework):
 class _Session(Session):
     def __init__(self, job: Job, announce: Callable[[str], None], variant: Ladder) -> None:
         super().__init__(job, announce)
+        self._on_cuda = job.case.device != "cpu"
+        # Compiled kernels go where all made files go, unless the user has said otherwise.
+        os.environ.setdefault("TRITON_CACHE_DIR", str(job.cache_dir / "triton"))
         import torch
 
-        from memladder.engine import execute, packed_layer, packing, plan, programs
-        from memladder.kernels import naive
+        from memladder.engine import driver, execute, packed_layer, packing, plan, programs
 
-        self._torch = torch
+        self._torch, self._driver = torch, driver
+        self._device = torch.device(job.case.device)
         self._execute, self._plan, self._programs = execute, plan, programs
         self._packing, self._packed_layer = packing, packed_layer
-        self._kernels = naive
+        kernels = "cuda" if self._on_cuda else "naive"
+        self._kernels = importlib.import_module(f"memladder.kernels.{kernels}")
         self._variant = variant
         self._weight = formats.get(variant.weight)
         self._activation = variant.activation_format()
 
     def context(self) -> None:
-        """Nothing to bring up on the CPU."""
+        """On CUDA a context without stacks; nothing to bring up on the CPU."""
+        if self._on_cuda:
+            self._driver.lean_context(self._device.index or 0)
 
     def weights(self) -> None:
-        """Map the packed layer; its pages come in when the first pass reads them."""
+        """Map the packed layer. On the CPU its pages come in when the first pass reads them; on
+        CUDA it is copied into one block."""
         job = self.job
         path = self._packing.ensure(job.config, self._weight, job.cache_dir, job.seed)
         self._layer = self._packed_layer.load(path)
+        if self._on_cuda:
+            block = self._empty(self._packed_layer.device_bytes(self._layer))
+            self._layer = self._packed_layer.on_device(self._layer, block)
 
     def compile(self) -> None:
-        """Write the program, plan the arena, and take it."""
+        """Write the program, plan the arena, and take it; on CUDA compile the kernels and record
+        their launches as a graph."""
         job = self.job
         definition = self._programs.definition(job.config.model)
         program = definition.program(job.config.values, job.case.shape, self._activation)
         self._planned = self._plan.plan(program)
-        with memory_errors():
-            arena = self._torch.empty(self._planned.nbytes, dtype=self._torch.uint8)
+        arena = self._empty(self._planned.nbytes)
         self._execution = self._execute.Execution(
             program, self._planned, self._layer, self._kernels, arena
         )
+        if self._on_cuda:
+            # Zeros stand in for hidden states while kernels are compiled and recorded.
+            self._states = self._torch.zeros(self._execution.input.shape, dtype=self._torch.float16)
+            self._execution.input.copy_(self._states)
+            with memory_errors():
+                self._graph = self._driver.Graph(self._execution.run, self._device)
+            fill_hidden_states(self._states.numpy(), job.seed)
+
+    def _empty(self, size: int) -> Tensor:
+        with memory_errors():
+            return self._torch.empty(size, dtype=self._torch.uint8, device=self._device)
 
     def run(self) -> None:
         """The hidden states into the arena, where the last pass has overwritten them; one pass."""
-        from memladder.models.weights import fill_hidden_states
-
         with memory_errors(), self._torch.inference_mode():
-            fill_hidden_states(self._execution.input.numpy(), self.job.seed)
-            self._execution.run()
+            if self._on_cuda:
+                self._execution.input.copy_(self._states)
+                self._graph.run()
+            else:
+                fill_hidden_states(self._execution.input.numpy(), self.job.seed)
+                self._execution.run()
 
     def output(self) -> np.ndarray:
         """What the last pass left in the arena."""
         shape = self.job.case.shape
-        states = self._execution.output.float()
+        states = self._execution.output.cpu().float()
         found: np.ndarray = states.view(shape.batch_size, shape.seq_len, -1).numpy()
         return found
 
@@ -134,15 +196,21 @@ class _Session(Session):
         from memladder.engine.programs.build import CHUNK
         from memladder.models import parameters
 
+        on_device = (
+            {"cuda_graph_nodes": self._graph.launches, "stack_limit_bytes": 0}
+            if self._on_cuda
+            else {"threads": self._torch.get_num_threads()}
+        )
         return {
             "weight_format": str(self._weight),
             "activation_format": self._variant.activation,
             "bits_per_weight": round(8 * self._layer.nbytes / parameters(self.job.config), 4),
             "dtype": "float16",
-            "kernels": "naive",
+            "kernels": "triton" if self._on_cuda else "naive",
             "chunk_tokens": CHUNK,
             "arena_alignment": self._plan.ALIGNMENT,
-            "threads": self._torch.get_num_threads(),
+            **on_device,
+            **self._variant.environment(self.job.case),
         }
 
     def categories(self) -> Mapping[str, int]:
@@ -152,6 +220,27 @@ class _Session(Session):
             "arena": self._planned.nbytes,
             "arena_lower_bound": self._planned.lower_bound,
         }
+
+
+def _installed(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:
+        # The package around it is missing.
+        return False
+
+
+def _capability(device: str) -> tuple[int, int] | None:
+    """Compute capability of `cuda:N`; None where the driver does not tell."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByIndex(int(device.partition(":")[2] or 0))
+        major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
+    except pynvml.NVMLError:
+        return None
+    return int(major), int(minor)
 
 
 def _variants() -> dict[str, Ladder]:

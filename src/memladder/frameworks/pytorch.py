@@ -7,10 +7,8 @@ import importlib
 import importlib.metadata
 import importlib.util
 import os
-import runpy
 import shutil
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from memladder.case import Case
@@ -21,7 +19,7 @@ from memladder.frameworks.base import (
     Session,
     Setting,
 )
-from memladder.frameworks.torch_memory import memory_errors
+from memladder.frameworks.torch_common import cuda_build, memory_errors
 from memladder.models import weights
 
 if TYPE_CHECKING:
@@ -45,7 +43,7 @@ class PyTorch(Framework):
         if missing:
             return Availability(False, None, f"{', '.join(missing)} not installed", _INSTALL)
         version = importlib.metadata.version("torch")
-        if device != "cpu" and _cuda_build() is None:
+        if device != "cpu" and cuda_build() is None:
             return Availability(False, version, f"torch {version} is built without CUDA", _INSTALL)
         compilers = ("c++", "g++", "clang++") if device == "cpu" else ("cc", "gcc", "clang")
         if not any(map(shutil.which, compilers)):
@@ -209,16 +207,6 @@ def _dtype(device: torch.device) -> tuple[torch.dtype, str]:
     if torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return torch.bfloat16, "oneDNN has bfloat16 but no float16 kernels for this CPU"
     return torch.float16, "oneDNN has no 16-bit kernels for this CPU"
-
-
-def _cuda_build() -> str | None:
-    """The CUDA version that torch was built with; None for a CPU build."""
-    spec = importlib.util.find_spec("torch")
-    assert spec is not None
-    assert spec.origin is not None
-    values = runpy.run_path(str(Path(spec.origin).with_name("version.py")))
-    cuda: str | None = values.get("cuda")
-    return cuda
 
 
 FRAMEWORK = PyTorch()

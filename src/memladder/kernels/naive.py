@@ -144,7 +144,7 @@ def matmul(
 
     x [rows, K]: float16, or with `scales` the codes of `format`, from `quantise`. weight [N, K].
     bias [N]; residual, out float16 [rows, N], may be the same. Where both operands are integers
-    (`Format.is_integer`) products are summed as int32, exactly.
+    (`Format.is_integer`) products are summed exactly.
     """
     for m, n in _output_blocks(x, weight):
         sums = ACTIVATIONS[activation](_product(x, weight, m, n, bias, scales, format))
@@ -245,14 +245,14 @@ def _product(
 def _integer_sums(x: Tensor, weight: PackedMatrix, n: slice) -> Tensor:
     """Exact sums of products, times the weight's scales: float32 [rows, n]."""
     assert weight.scales is not None
-    sums = torch.zeros(x.shape[0], n.stop - n.start, dtype=torch.int32, device=x.device)
+    # Below 2²⁴ as long as K is below 132,104: float32 holds them exactly, in whatever order.
+    sums = torch.zeros(x.shape[0], n.stop - n.start, device=x.device)
     for c in _blocks(weight.columns, _WEIGHT_COLUMNS):
-        operand = x[:, c].contiguous()
+        operand = x[:, c].float()
         for w in _weight_blocks(n):
             codes = weight.format.integers(_tiles(weight, w, c).codes)
-            sums[:, w.start - n.start : w.stop - n.start] += torch._int_mm(operand, codes.t())
-    # Below 2²⁴ as long as K is below 132,104: float32 holds them exactly.
-    return sums.float().mul_(weight.format.scale_values(weight.scales[0, n]))
+            sums[:, w.start - n.start : w.stop - n.start].addmm_(operand, codes.float().t())
+    return sums.mul_(weight.format.scale_values(weight.scales[0, n]))
 
 
 def _operand(x: Tensor, scales: Tensor | None, c: slice, kind: Format) -> Tensor:

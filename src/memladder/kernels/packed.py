@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
+import torch
 from torch import Tensor
 
 from memladder.formats.base import Format, Quantised
@@ -25,11 +27,23 @@ class PackedMatrix:
     codes: Tensor
     scales: Tensor | None = None
     zeros: Tensor | None = None
+    known_top: int | None = None
 
     @cached_property
     def top(self) -> int:
-        """The largest stored scale: what float16 holds of E8M0 scales is relative to it."""
-        return 0 if self.scales is None else int(self.scales.max())
+        """The largest stored E8M0 scale: what float16 holds of them is relative to it."""
+        if self.known_top is not None:
+            return self.known_top
+        return int(self.scales.max()) if self.scales is not None else 0
+
+    def moved(self, move: Callable[[Tensor], Tensor]) -> PackedMatrix:
+        """The same matrix with its tensors elsewhere. `top` is taken along: asking a GPU for it
+        would need a kernel."""
+        parts = (self.codes, self.scales, self.zeros)
+        codes, scales, zeros = (None if part is None else move(part) for part in parts)
+        assert codes is not None
+        top = self.top if self.format.scale_dtype == torch.uint8 else None
+        return PackedMatrix(self.format, self.layout, codes, scales, zeros, top)
 
     @property
     def rows(self) -> int:

@@ -8,16 +8,22 @@ norm → MLP → residual. Within a chunk each intermediate lives only as long a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+import math
+from collections.abc import Callable, Iterator, Mapping
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
 
 from memladder.case import Shape
+from memladder.engine.plan import plan
 from memladder.engine.program import ITEM_BYTES, Buffer, Program, Rows, Step, Value
 from memladder.engine.sources import Matrix
 from memladder.formats.base import Format
 
 CHUNK = 512
 """Tokens at a time: beyond a few hundred, weights are reused enough for the arithmetic to count."""
+
+# Rows of a product's tile: chunks are multiples of it.
+_TILE = 128
 
 STATES = "hidden_states"
 
@@ -208,7 +214,8 @@ def mlp_block(
 ) -> None:
     """norm → MLP → residual, for all tokens, where the attention's output lies."""
     width = builder.matrices["up"].rows
-    for at, size in builder.chunks(0, builder.shape.tokens):
+
+    def write(builder: Builder, at: int, size: int) -> None:
         states = Rows(builder.output, at, size)
         normed = _norm(builder, "mlp_norm", norm, states)
         inner = builder.new("inner", size, width)
@@ -217,6 +224,50 @@ def mlp_block(
         else:
             builder.linear("up", normed, inner, activation)
         builder.linear("down", inner, states, residual=normed if residual_is_norm else states)
+
+    builder.chunk = _free_chunk(builder, write)
+    _in_chunks(builder, write)
+
+
+_Write = Callable[[Builder, int, int], None]
+
+
+def _in_chunks(builder: Builder, write: _Write) -> None:
+    for at, size in builder.chunks(0, builder.shape.tokens):
+        write(builder, at, size)
+
+
+def _free_chunk(builder: Builder, write: _Write) -> int:
+    """How many tokens at a time take no more memory than what was written so far does.
+
+    Attention holds all keys and values, which MLP has no need of: weights are read less often.
+    Chunks are about equally long, and multiples of `_TILE`.
+    """
+    tokens, chunk = builder.shape.tokens, builder.chunk
+    if tokens <= chunk or chunk % _TILE:
+        return chunk
+    one = replace(builder, shape=Shape(1, chunk), in_place=True, buffers={}, steps=[], quantised={})
+    write(one, 0, chunk)
+    # The states' own rows are there in any case.
+    row_bytes = plan(one.program()).lower_bound / chunk - _row_bytes(one, one.input)
+    before = plan(builder.program())
+    kept = sum(_row_bytes(builder, name) for name in {builder.input, builder.output})
+    most = (before.lower_bound - tokens * kept) / row_bytes
+    least = max(1, math.ceil(tokens / max(most, chunk)))
+    for count in range(least, least + 3):
+        size = math.ceil(tokens / count / _TILE) * _TILE
+        trial = deepcopy(builder)
+        trial.chunk = size
+        _in_chunks(trial, write)
+        # The planner may have to leave gaps.
+        if size > chunk and plan(trial.program()).nbytes <= before.nbytes:
+            return size
+    return chunk
+
+
+def _row_bytes(builder: Builder, name: str) -> int:
+    buffer = builder.buffers[name]
+    return buffer.nbytes // buffer.rows
 
 
 def _norm(builder: Builder, name: str, norm: Mapping[str, Value], x: Rows) -> Rows:

@@ -1,10 +1,13 @@
-"""torch's failed allocations, told by their text: it has an exception of its own on CUDA only."""
+"""What the frameworks that stand on torch share."""
 
 from __future__ import annotations
 
+import importlib.util
 import re
+import runpy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from memladder.frameworks.base import OutOfMemoryError
 from memladder.units import GIB, KIB, MIB
@@ -16,7 +19,10 @@ _MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory", r
 
 @contextmanager
 def memory_errors() -> Iterator[None]:
-    """Failed allocations as OutOfMemoryError, with the bytes asked for where the text has them."""
+    """Failed allocations as OutOfMemoryError, with the bytes asked for where the text has them.
+
+    They are told by their text: torch has an exception of its own on CUDA only.
+    """
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -26,3 +32,13 @@ def memory_errors() -> Iterator[None]:
         asked = _ASKED.search(text)
         size = round(float(asked[1]) * _UNITS[asked[2].lower()]) if asked else None
         raise OutOfMemoryError(text.splitlines()[0] if text else "out of memory", size) from None
+
+
+def cuda_build() -> str | None:
+    """The CUDA version that torch was built with, without torch's import; None for a CPU build."""
+    spec = importlib.util.find_spec("torch")
+    assert spec is not None
+    assert spec.origin is not None
+    values = runpy.run_path(str(Path(spec.origin).with_name("version.py")))
+    cuda: str | None = values.get("cuda")
+    return cuda
