@@ -306,6 +306,49 @@ def verify(request: Request) -> int:
     return 0 if agree else 1
 
 
+def tune(request: Request) -> int:
+    """Measure the cuts of Ladder's kernels on a GPU and keep the fastest; 0 when that was done."""
+    device = environment.resolve_device(request.device)
+    if device == "cpu":
+        raise UsageError("tune measures a GPU's kernels; --device cpu has none")
+    names = sweep_cases.parse_frameworks(request.frameworks)
+    runnable, missing = _split([name for name in names if name.startswith("ladder")], device)
+    _tell_missing(missing, device, _console(stderr=True))
+    if not runnable:
+        raise UsageError(f"none of {', '.join(names)} is a Ladder that can run on {device} here")
+    import torch
+
+    from memladder import __version__, formats
+    from memladder.engine import packed_layer, packing, tuner
+    from memladder.frameworks.ladder import Ladder
+    from memladder.kernels.cuda import tuning
+
+    torch.cuda.set_device(torch.device(device))
+    cache_dir = request.options().cache_dir
+    file = tuning.path(cache_dir, __version__)
+    tuning.load(file)
+    shapes = sweep_cases.parse_shapes(request.shapes)
+    cases = [
+        (config, variant, shape)
+        for config in request.configs(sweep_cases.parse_models(request.models)).values()
+        for variant in map(frameworks.get, runnable)
+        for shape in shapes
+    ]
+    with _progress("tuning") as progress:
+        for number, (config, variant, shape) in enumerate(cases):
+            progress(number, len(cases))
+            assert isinstance(variant, Ladder)
+            path = packing.ensure(config, formats.get(variant.weight), cache_dir, 0)
+            tuner.tune(packed_layer.load(path), shape, variant.activation_format(), _tell_cut)
+            tuning.save(file)
+    print(f"{file}: {len(tuning.preferred())} cuts differ from the shipped ones")
+    return 0
+
+
+def _tell_cut(key: str, cut: str, shipped_s: float, best_s: float) -> None:
+    print(f"{key}: {1e6 * shipped_s:.1f} µs → {1e6 * best_s:.1f} µs with {cut}")
+
+
 def show_frameworks(device: str) -> None:
     """Print what can run on the device here, and what is missing for the rest."""
     resolved = environment.resolve_device(device)

@@ -223,6 +223,27 @@ def verify(
     raise typer.Exit(actions.verify(request))
 
 
+@app.command()
+def tune(
+    models: Models = None,
+    frameworks: Frameworks = None,
+    shapes: Shapes = None,
+    device: Device = "cuda",
+    cache_dir: CacheDir = None,
+) -> None:
+    """Measure which cuts of Ladder's kernels are fastest on this GPU, and keep them."""
+    from memladder import actions
+
+    request = actions.Request(
+        models=models,
+        frameworks=frameworks,
+        shapes=shapes,
+        device=device,
+        cache_dir=cache_dir,
+    )
+    raise typer.Exit(actions.tune(request))
+
+
 @app.command("frameworks")
 def list_frameworks(device: Device = "auto") -> None:
     """What can run here, and what the rest is missing."""

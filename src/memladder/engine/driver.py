@@ -8,6 +8,7 @@ because PyTorch makes 32 streams a priority as soon as one is asked for: 166 MiB
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable
 from typing import Any
 
@@ -39,10 +40,11 @@ class Graph:
         self._driver = driver
         flags = driver.CUstream_flags.CU_STREAM_NON_BLOCKING
         self._stream = _done(driver.cuStreamCreate(flags))
-        self._external: torch.cuda.Stream = torch.cuda.ExternalStream(  # type: ignore[no-untyped-call]
+        self.stream: torch.cuda.Stream = torch.cuda.ExternalStream(  # type: ignore[no-untyped-call]
             int(self._stream), device=device
         )
-        with torch.cuda.stream(self._external):
+        """Where it runs."""
+        with torch.cuda.stream(self.stream):
             launch()
             self._wait()
             # Other threads of the process may use CUDA meanwhile.
@@ -57,10 +59,26 @@ class Graph:
         self._graph = _done(driver.cuGraphInstantiate(graph, 0))
         _done(driver.cuGraphDestroy(graph))
 
+    def launch(self) -> None:
+        """Launch the graph."""
+        _done(self._driver.cuGraphLaunch(self._graph, self._stream))
+
     def run(self) -> None:
         """Launch the graph, and wait until it is done."""
-        _done(self._driver.cuGraphLaunch(self._graph, self._stream))
+        self.launch()
         self._wait()
+
+    def seconds(self, repeats: int = 25) -> float:
+        """Median time of a launch on the device, after three that are not counted."""
+        for _ in range(3):
+            self.launch()
+        pairs = [(_event(), _event()) for _ in range(repeats)]
+        for start, end in pairs:
+            start.record(self.stream)
+            self.launch()
+            end.record(self.stream)
+        self._wait()
+        return float(statistics.median(start.elapsed_time(end) for start, end in pairs)) / 1e3
 
     def close(self) -> None:
         """Give graph and stream back; `run` is no longer possible."""
@@ -69,6 +87,10 @@ class Graph:
 
     def _wait(self) -> None:
         _done(self._driver.cuStreamSynchronize(self._stream))
+
+
+def _event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
 
 
 def _done(result: tuple[Any, ...]) -> Any:

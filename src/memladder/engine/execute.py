@@ -11,13 +11,14 @@ from torch import Tensor
 
 from memladder.engine.packed_layer import PackedLayer
 from memladder.engine.plan import Plan
-from memladder.engine.program import Program, Rows
+from memladder.engine.program import Program, Rows, Step
 
 
 class Execution:
     """A program bound to an arena, to a packed layer and to kernels; `run` allocates nothing.
 
-    `arena` is uint8 and at least `plan.nbytes` long.
+    `arena` is uint8 and at least `plan.nbytes` long. `only` takes some of the steps: what is timed
+    or compared alone.
     """
 
     def __init__(
@@ -27,6 +28,7 @@ class Execution:
         layer: PackedLayer,
         kernels: ModuleType,
         arena: Tensor,
+        only: Callable[[Step], bool] = lambda _: True,
     ) -> None:
         assert arena.dtype == torch.uint8
         assert arena.numel() >= plan.nbytes
@@ -34,7 +36,7 @@ class Execution:
         self._offsets = plan.offsets
         self._buffers = {buffer.name: buffer for buffer in program.buffers}
         self._calls: list[Callable[[], None]] = []
-        for step in program.steps:
+        for step in filter(only, program.steps):
             operands = {name: self._view(rows) for name, rows in step.reads.items()}
             operands |= {name: self._view(rows) for name, rows in step.writes.items()}
             packed = {

@@ -16,6 +16,7 @@ from memladder.engine.packed_layer import PackedLayer
 from memladder.engine.plan import plan
 from memladder.errors import UsageError
 from memladder.formats.base import Format
+from memladder.models.cache import default_dir
 
 # As in the figure: a weight format that comes with an activation format of its own.
 _ACTIVATIONS = {"fp8": "fp8", "mxfp8": "mxfp8", "int1": "int8"}
@@ -100,6 +101,10 @@ def load_layer(
         allowed = ", ".join(key for key in formats.names() if formats.get(key).is_activation)
         raise UsageError(f"{spec} is no activation format; allowed: {allowed}")
     if where.type == "cuda":
+        from memladder import __version__
+        from memladder.kernels.cuda import tuning
+
+        tuning.load(tuning.path(default_dir(), __version__))
         block = torch.empty(packed_layer.device_bytes(packed), dtype=torch.uint8, device=where)
         packed = packed_layer.on_device(packed, block)
     return Layer(packed, None if kind.bits == 16 else kind, where)

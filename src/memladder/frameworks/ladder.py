@@ -140,6 +140,10 @@ class _Session(Session):
         """On CUDA a context without stacks; nothing to bring up on the CPU."""
         if self._on_cuda:
             self._driver.lean_context(self._device.index or 0)
+            from memladder import __version__
+            from memladder.kernels.cuda import tuning
+
+            self._tuned = tuning.load(tuning.path(self.job.cache_dir, __version__))
 
     def weights(self) -> None:
         """Map the packed layer. On the CPU its pages come in when the first pass reads them; on
@@ -197,7 +201,11 @@ class _Session(Session):
         from memladder.models import parameters
 
         on_device = (
-            {"cuda_graph_nodes": self._graph.launches, "stack_limit_bytes": 0}
+            {
+                "cuda_graph_nodes": self._graph.launches,
+                "stack_limit_bytes": 0,
+                "cuts": "tuned" if self._tuned else "shipped",
+            }
             if self._on_cuda
             else {"threads": self._torch.get_num_threads()}
         )

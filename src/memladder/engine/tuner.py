@@ -1,0 +1,62 @@
+"""Measuring which cuts of the kernels are fastest on this GPU, on the layers themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from memladder.case import Shape
+from memladder.engine import packed_layer, programs
+from memladder.engine.driver import Graph
+from memladder.engine.execute import Execution
+from memladder.engine.packed_layer import PackedLayer
+from memladder.engine.plan import plan
+from memladder.formats.base import Format
+from memladder.kernels import cuda
+from memladder.kernels.cuda import tuning
+
+Report = Callable[[str, str, float, float], None]
+
+# A cut is preferred to the shipped one if it saves that much: less is noise.
+_WORTH = 0.01
+
+
+def tune(layer: PackedLayer, shape: Shape, activation: Format | None, report: Report) -> None:
+    """Prefer, for every choice that the layer at that shape makes, the fastest candidate.
+
+    One choice after another, each with all others as they are: a candidate's time is that of the
+    whole layer's graph. `report` gets the choice, the cut, and both times in seconds.
+    """
+    device = torch.device("cuda", torch.cuda.current_device())
+    block = torch.empty(packed_layer.device_bytes(layer), dtype=torch.uint8, device=device)
+    program = programs.definition(layer.config.model).program(
+        layer.config.values, shape, activation
+    )
+    planned = plan(program)
+    arena = torch.zeros(planned.nbytes, dtype=torch.uint8, device=device)
+    moved = packed_layer.on_device(layer, block)
+    execution = Execution(program, planned, moved, cuda, arena)
+
+    def seconds() -> float:
+        graph = Graph(execution.run, device)
+        found = graph.seconds()
+        graph.close()
+        return found
+
+    before = tuning.asked()
+    shipped = seconds()
+    kept = dict(tuning.preferred())
+    for key, cuts in tuning.asked().items():
+        if key in before or key in kept:
+            continue
+        times = {cuts[0]: shipped}
+        for cut in cuts[1:]:
+            tuning.prefer(kept | {key: cut})
+            times[cut] = seconds()
+        best = min(times, key=lambda cut: times[cut])
+        if times[best] < (1 - _WORTH) * shipped:
+            kept[key] = best
+            report(key, best, shipped, times[best])
+            shipped = times[best]
+        tuning.prefer(kept)
