@@ -105,6 +105,10 @@ class Framework(ABC):
     def prepare(self, job: Job) -> None:
         """Make what the session will read (weights, exported model). Runs in its own process."""
 
+    def makes(self, job: Job) -> str:
+        """A name of what `prepare` makes: of a sweep's jobs that share it only one prepares."""
+        return job.case.id
+
     def reference(self, job: Job) -> np.ndarray | None:
         """What the session should compute, where that is not the layer itself in fp32.
 

@@ -92,6 +92,10 @@ class Ladder(Framework):
 
         packing.ensure(job.config, formats.get(self.weight), job.cache_dir, job.seed)
 
+    def makes(self, job: Job) -> str:
+        """The same for all shapes."""
+        return f"{job.config.digest} {self.weight}"
+
     def reference(self, job: Job) -> np.ndarray:
         """The layer in fp32 on the dequantised weights, activations rounded alike."""
         from memladder.engine import packed_layer, packing, reference

@@ -72,6 +72,10 @@ class PyTorch(Framework):
         """The layer's weights."""
         weights.ensure(job.config, job.cache_dir, job.seed)
 
+    def makes(self, job: Job) -> str:
+        """The same for all shapes."""
+        return f"{job.config.digest} weights"
+
     def tolerance(self, device: str) -> float:
         """Four unit roundoffs of the dtype: 2^-11 in float16, 2^-8 in bfloat16, the CPU's worst.
 

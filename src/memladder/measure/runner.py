@@ -80,8 +80,11 @@ def measure(
     on_event: OnEvent | None = None,
     module: str | None = None,
     steady_s: float = STEADY_S,
+    prepare: bool = True,
 ) -> Record:
     """Measure one case in `repeats` processes, after one that prepares what they read.
+
+    Without `prepare` that is there already.
 
     Whatever happens in the processes becomes the record's status; their output goes to `log_path`.
     `module` serves the framework, by default its file in `frameworks`.
@@ -101,7 +104,7 @@ def measure(
     _start_log(log_path)
     runs: list[Run] = []
     settings: Mapping[str, Setting] = {}
-    problem = attempt.tell(0, Mode.PREPARE, 0.0).problem
+    problem = attempt.tell(0, Mode.PREPARE, 0.0).problem if prepare else None
     if problem is not None and problem.refused:
         raise UsageError(problem.reason)
     while problem is None and len(runs) < repeats:

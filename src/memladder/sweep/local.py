@@ -81,6 +81,7 @@ def sweep(
         view.warning(f"{path} is not a record of memladder ({reason}); moved to {kept}")
     verifications: dict[str, Verification] = {}
     records = []
+    prepared: set[str] = set()
     for case in cases:
         name = case.framework
         if name not in verifications:
@@ -92,14 +93,19 @@ def sweep(
         known = None if options.fresh else _known(job, contents, options.repeats)
         if known is None:
             view.started(case)
+            framework = frameworks.get(name)
+            made = framework.makes(job)
             record = runner.measure(
                 job,
-                frameworks.get(name),
+                framework,
                 repeats=options.repeats,
                 limits=options.limits,
                 log_path=store.log_path(case.id),
                 on_event=view.event,
+                prepare=made not in prepared,
             )
+            if record.status is Status.MEASURED:
+                prepared.add(made)
             store.save(record)
         else:
             record = known
