@@ -83,7 +83,6 @@ def rates() -> Rates:
         graphed(lambda: target.copy_(source)),
         graphed(lambda: _copy[(size // 4096,)](source, target, SIZE=4096, num_warps=8)),
     ]
-    del target
     n = 8192
     x, y = (torch.randn(n, n, device=DEVICE, dtype=torch.float16) for _ in "ab")
     x8, y8 = x.to(torch.float8_e4m3fn), y.to(torch.float8_e4m3fn)
@@ -174,7 +173,7 @@ def inductor(model: str, shape: Shape) -> float:
 
 def marlin(model: str, shape: Shape) -> float:
     """Seconds of vLLM's Marlin on the layer's matrices, q, k, v and gate, up as one each."""
-    from benchmarks import peers
+    import peers
 
     matrices = programs.definition(model).matrices(models.layer_config(model).values)
     rows = {name: matrix.rows for name, matrix in matrices.items()}
