@@ -25,7 +25,7 @@ from memladder import formats, models
 from memladder.case import Shape
 from memladder.engine import packed_layer, packing, programs
 from memladder.engine.driver import Graph
-from memladder.engine.execute import Execution
+from memladder.engine.execute import Execution, arena_bytes
 from memladder.engine.plan import plan
 from memladder.engine.program import Program
 from memladder.formats.base import Format
@@ -119,13 +119,14 @@ def timed(model: str, weight: str, activation: str, shape: Shape) -> Timed:
     layer = packed_layer.on_device(host, block)
     program: Program = programs.definition(model).program(config.values, shape, kind)
     planned = plan(program)
-    arena = torch.empty(planned.nbytes, dtype=torch.uint8, device=DEVICE)
+    size = arena_bytes(program, planned, cuda)
+    arena = torch.empty(size, dtype=torch.uint8, device=DEVICE)
     states = torch.from_numpy(hidden_states(config, shape, 0)).view(shape.tokens, -1).to(DEVICE)
 
     def output(kernels: object) -> Tensor:
-        execution = Execution(program, planned, layer, kernels, arena)  # type: ignore[arg-type]
         # NaN everywhere: what is not written shows.
         arena.fill_(255)
+        execution = Execution(program, planned, layer, kernels, arena)  # type: ignore[arg-type]
         execution.input.copy_(states)
         execution.run()
         return execution.output.clone()

@@ -26,6 +26,7 @@ from triton.runtime.jit import JITFunction
 
 from memladder import formats
 from memladder.kernels import cuda
+from memladder.kernels.cuda import skinny
 from memladder.kernels.layout import Layout
 from memladder.kernels.packed import PackedMatrix
 
@@ -66,15 +67,34 @@ def packed(spec: str, rows: int, columns: int) -> PackedMatrix:
     return PackedMatrix(kind, layout, torch.empty(layout.shape, dtype=torch.uint8), scales, zeros)
 
 
+def activations(rows: int, k: int, spec: str) -> tuple[Tensor, dict[str, Any]]:
+    kind = formats.get(spec)
+    if kind.scale_dtype is None:
+        return torch.empty(rows, k).half(), {}
+    scales = torch.empty(rows, kind.groups(k), dtype=kind.scale_dtype)
+    return torch.empty(rows, k, dtype=torch.uint8), {"scales": scales, "format": spec}
+
+
 def products(rows: int, n: int, k: int, weight: str, activation: str) -> Callable[[], None]:
-    kind = formats.get(activation)
-    x, out = torch.empty(rows, k).half(), torch.empty(rows, n).half()
-    options: dict[str, Any] = {"residual": out}
-    if kind.scale_dtype is not None:
-        x = torch.empty(rows, k, dtype=torch.uint8)
-        scales = torch.empty(rows, kind.groups(k), dtype=kind.scale_dtype)
-        options |= {"scales": scales, "format": activation}
-    return lambda: cuda.matmul(x, packed(weight, n, k), out, **options)
+    x, options = activations(rows, k, activation)
+    out = torch.empty(rows, n).half()
+    return lambda: cuda.matmul(x, packed(weight, n, k), out, residual=out, **options)
+
+
+def biased(weight: str, activation: str) -> Callable[[], None]:
+    """With an epilogue that takes many registers."""
+    x, options = activations(512, 8192, activation)
+    out = torch.empty(512, 8192).half()
+    options |= {"bias": out[0], "activation": "gelu", "residual": out}
+    return lambda: cuda.matmul(x, packed(weight, 8192, 8192), out, **options)
+
+
+def gated(weight: str, activation: str, rows: int = 512) -> Callable[[], None]:
+    x, options = activations(rows, 8192, activation)
+    out = torch.empty(rows, 8192).half()
+    options |= {"gate_bias": out[0], "up_bias": out[0]}
+    gate, up = (packed(weight, 8192, 8192) for _ in range(2))
+    return lambda: cuda.glu(x, gate, up, out, **options)
 
 
 def calls(capability: int) -> Iterator[tuple[str, Callable[[], None]]]:
@@ -97,8 +117,23 @@ def calls(capability: int) -> Iterator[tuple[str, Callable[[], None]]]:
             for rows in (1, 32, 512):
                 call = products(rows, 8192, 8192, weight, activation)
                 yield f"matmul {weight} {activation} {rows}", call
+    for weight, activation in PAIRS:
+        if has_fp8 or "fp8" not in weight:
+            yield f"biased {weight} {activation} 512", biased(weight, activation)
+            yield f"gated {weight} {activation} 512", gated(weight, activation)
+            few = capability >= 90 and formats.get(weight).bits < 8
+            for rows in (1, 32) if few else (1,):
+                yield f"gated {weight} {activation} {rows}", gated(weight, activation, rows)
+                yield f"several {weight} {activation} {rows}", several(weight, activation, rows)
     # Few output channels: smaller tiles.
     yield "matmul int4 fp16 512 narrow", products(512, 1024, 8192, "int4", "fp16")
+
+
+def several(weight: str, activation: str, rows: int) -> Callable[[], None]:
+    x, options = activations(rows, 8192, activation)
+    for part, n in (("query", 8192), ("key", 1024), ("value", 1024)):
+        options |= {part: torch.empty(rows, n).half(), f"{part}_weight": packed(weight, n, 8192)}
+    return lambda: cuda.qkv(x, **options)
 
 
 def attended(query: Tensor, alibi: bool, exact: bool) -> Callable[[], None]:
@@ -117,6 +152,7 @@ def tool(name: str, option: str, binary: bytes) -> str:
 
 def main(capability: int) -> None:
     triton.runtime.driver.set_active(Absent(capability))
+    skinny.set_workspace(torch.empty(skinny.WORKSPACE_BYTES, dtype=torch.uint8))
     made: list[Any] = []
 
     def compile_only(self: JITFunction, grid: object) -> Callable[..., None]:
@@ -136,6 +172,9 @@ def main(capability: int) -> None:
         }
         sass = tool("cuobjdump", "-sass", kernel.asm["cubin"])
         found["tensor"] = sorted(set(re.findall(r"\b(HMMA|IMMA|HGMMA|QGMMA|IGMMA)\b", sass)))
+        # How many asynchronous products may be left unfinished where one waits for them.
+        waits = re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, (0x[0-9a-f]+)", sass)
+        found["waits"] = sorted({int(left, 16) for left in waits})
         found["shared"] = kernel.metadata.shared
         print(json.dumps({"name": name, **found}), flush=True)
 

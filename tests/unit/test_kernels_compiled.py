@@ -78,3 +78,14 @@ def test_products_run_on_the_tensor_cores_of_their_operands(
     }[capability]
     for pair, instruction in wanted.items():
         assert found[f"matmul {pair} {rows}"]["tensor"] == [instruction], pair
+
+
+@pytest.mark.parametrize("shape", ["matmul", "biased", "gated"])
+def test_products_are_waited_for_where_it_is_due(both: dict[int, Kernels], shape: str) -> None:
+    # From registers, which the next step overwrites: all of them. From shared memory: all but one
+    # step's, or each product stands alone.
+    found = both[90]
+    for pair in ("int4 fp16", "nf4 fp16", "mxfp8 mxfp8", "int1 int8"):
+        assert found[f"{shape} {pair} 512"]["waits"] == [0], pair
+    for pair in ("fp16 fp16", "fp8 fp8"):
+        assert found[f"{shape} {pair} 512"]["waits"] == [0, 1], pair

@@ -59,6 +59,9 @@ def test_a_word_times_eight_numbers(spec: str) -> None:
         units = x.view(np.uint32).tolist()
         operands = {"$1": packed(codes, interleaved)}
         operands |= {f"${2 + j}": unit for j, unit in enumerate(units)}
+        if not interleaved:
+            tables = decode.tables(spec)
+            operands |= {f"${6 + j}": table % 2**32 for j, table in enumerate(tables)}
         found = ptx.run(text, operands)["$0"]
         terms = np.array(numbers(spec, codes)) * x.astype(np.float64)
         # Four roundings to float16 of partial sums.

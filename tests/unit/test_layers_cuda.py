@@ -12,7 +12,7 @@ from torch import Tensor
 from memladder import formats, models
 from memladder.case import Shape
 from memladder.engine import packed_layer, packing, programs
-from memladder.engine.execute import Execution
+from memladder.engine.execute import Execution, arena_bytes
 from memladder.engine.plan import plan
 from memladder.kernels import cuda, naive
 from memladder.models import LayerConfig
@@ -42,7 +42,8 @@ def output(
     program = programs.definition(config.model).program(config.values, shape, kind, chunk=chunk)
     planned = plan(program)
     # NaN, so that nothing is read before it was written.
-    arena = torch.full((planned.nbytes,), 255, dtype=torch.uint8, device=DEVICE)
+    size = arena_bytes(program, planned, kernels)
+    arena = torch.full((size,), 255, dtype=torch.uint8, device=DEVICE)
     layer = packed_layer.load(path)
     block = torch.empty(packed_layer.device_bytes(layer), dtype=torch.uint8, device=DEVICE)
     layer = packed_layer.on_device(layer, block)

@@ -1,4 +1,4 @@
-"""The engine's cells on CUDA against their floor: the arithmetic of the bound, and what breaks it."""
+"""The engine's cells on CUDA against their floor: what the bound is, and what breaks it."""
 
 from __future__ import annotations
 

@@ -14,10 +14,16 @@ from memladder.engine.plan import Plan
 from memladder.engine.program import Program, Rows, Step
 
 
+def arena_bytes(program: Program, plan: Plan, kernels: ModuleType) -> int:
+    """The plan's bytes, and behind them those that the kernels want for themselves."""
+    rows = {part.count for step in program.steps for part in step.reads.values()}
+    return plan.nbytes + max(map(kernels.workspace_bytes, rows), default=0)
+
+
 class Execution:
     """A program bound to an arena, to a packed layer and to kernels; `run` allocates nothing.
 
-    `arena` is uint8 and at least `plan.nbytes` long. `only` takes some of the steps: what is timed
+    `arena` is uint8 and `arena_bytes` long. `only` takes some of the steps: what is timed
     or compared alone.
     """
 
@@ -31,7 +37,11 @@ class Execution:
         only: Callable[[Step], bool] = lambda _: True,
     ) -> None:
         assert arena.dtype == torch.uint8
-        assert arena.numel() >= plan.nbytes
+        assert arena.numel() >= arena_bytes(program, plan, kernels)
+        self._kernels = kernels
+        self._workspace = arena[plan.nbytes :]
+        # Zero at first, without a kernel; kernels leave it so.
+        self._workspace.copy_(torch.zeros(len(self._workspace), dtype=torch.uint8))
         self._arena = arena
         self._offsets = plan.offsets
         self._buffers = {buffer.name: buffer for buffer in program.buffers}
@@ -52,6 +62,7 @@ class Execution:
 
     def run(self) -> None:
         """One pass over what `input` holds."""
+        self._kernels.use_workspace(self._workspace)
         for call in self._calls:
             call()
 

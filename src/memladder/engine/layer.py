@@ -11,7 +11,7 @@ from torch import Tensor
 from memladder import formats
 from memladder.case import Shape
 from memladder.engine import packed_layer, programs
-from memladder.engine.execute import Execution
+from memladder.engine.execute import Execution, arena_bytes
 from memladder.engine.packed_layer import PackedLayer
 from memladder.engine.plan import plan
 from memladder.errors import UsageError
@@ -72,7 +72,8 @@ class Layer:
                 config.values, shape, self.activation
             )
             planned = plan(program)
-            arena = torch.empty(planned.nbytes, dtype=torch.uint8, device=self.device)
+            size = arena_bytes(program, planned, self._kernels)
+            arena = torch.empty(size, dtype=torch.uint8, device=self.device)
             self._execution = Execution(program, planned, self.packed, self._kernels, arena)
             self._shape = shape
         return self._execution

@@ -9,7 +9,7 @@ import torch
 from memladder.case import Shape
 from memladder.engine import packed_layer, programs
 from memladder.engine.driver import Graph
-from memladder.engine.execute import Execution
+from memladder.engine.execute import Execution, arena_bytes
 from memladder.engine.packed_layer import PackedLayer
 from memladder.engine.plan import plan
 from memladder.formats.base import Format
@@ -34,7 +34,8 @@ def tune(layer: PackedLayer, shape: Shape, activation: Format | None, report: Re
         layer.config.values, shape, activation
     )
     planned = plan(program)
-    arena = torch.zeros(planned.nbytes, dtype=torch.uint8, device=device)
+    size = arena_bytes(program, planned, cuda)
+    arena = torch.zeros(size, dtype=torch.uint8, device=device)
     moved = packed_layer.on_device(layer, block)
     execution = Execution(program, planned, moved, cuda, arena)
 

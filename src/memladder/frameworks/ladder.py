@@ -166,7 +166,9 @@ class _Session(Session):
         definition = self._programs.definition(job.config.model)
         program = definition.program(job.config.values, job.case.shape, self._activation)
         self._planned = self._plan.plan(program)
-        arena = self._empty(self._planned.nbytes)
+        size = self._execute.arena_bytes(program, self._planned, self._kernels)
+        self._workspace_bytes = size - self._planned.nbytes
+        arena = self._empty(size)
         self._execution = self._execute.Execution(
             program, self._planned, self._layer, self._kernels, arena
         )
@@ -230,6 +232,7 @@ class _Session(Session):
         return {
             "weights": self._layer.nbytes,
             "arena": self._planned.nbytes,
+            "workspace": self._workspace_bytes,
             "arena_lower_bound": self._planned.lower_bound,
         }
 

@@ -210,6 +210,17 @@ def qkv(
             rotary(out, frequencies, out, head_dim=head_dim, start=start, seq_len=seq_len)
 
 
+def workspace_bytes(rows: int) -> int:
+    """These kernels need none."""
+    del rows
+    return 0
+
+
+def use_workspace(memory: Tensor) -> None:
+    """Nothing is done with it."""
+    del memory
+
+
 def _output_blocks(x: Tensor, weight: PackedMatrix) -> Iterator[tuple[slice, slice]]:
     for m in _blocks(x.shape[0], _ROWS):
         for n in _blocks(weight.rows, _TILE // _ROWS):

@@ -4,7 +4,7 @@ They run on NVIDIA GPUs, and on the CPU under Triton's interpreter.
 """
 
 from memladder.kernels.cuda.attention import attention
-from memladder.kernels.cuda.products import glu, matmul, qkv
+from memladder.kernels.cuda.products import glu, matmul, qkv, use_workspace, workspace_bytes
 from memladder.kernels.cuda.rows import layer_norm, quantise, rms_norm, rotary
 from memladder.kernels.cuda.target import INTERPRETED
 
@@ -18,4 +18,6 @@ __all__ = [
     "quantise",
     "rms_norm",
     "rotary",
+    "use_workspace",
+    "workspace_bytes",
 ]

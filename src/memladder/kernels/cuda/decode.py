@@ -37,16 +37,20 @@ fma.rn.f16x2 p3, p3, sixteenth, offsets;
 """
 
 # Four codes of 4 bits pick four bytes of a table of 16 in three permutations: of its lower and of
-# its upper half by three bits each, then between the two by the fourth.
+# its upper half by three bits each, then between the two by the fourth. Tables l0 … l3 and h0 … h3
+# have the low and the high bytes of the numbers.
 _LOOKUP = """
-.reg .b32 p<4>, codes, low, high, which, first, second;
+.reg .b32 p<4>, low, which, high, first, second;
 {tables}
+and.b32 low, {word}, 0x77777777;
+shr.u32 which, {word}, 1;
+lop3.b32 which, which, 0x44444444, 0x32103210, 0xEA;
+{half01}
+shr.u32 low, low, 16;
+shr.u32 which, which, 16;
+{half23}
 """
 _LOOKUP_HALF = """
-{shift}
-and.b32 low, codes, 0x7777;
-shr.u32 high, codes, 1;
-lop3.b32 which, high, 0x4444, 0x3210, 0xEA;
 prmt.b32 first, l0, l1, low;
 prmt.b32 second, l2, l3, low;
 prmt.b32 first, first, second, which;
@@ -60,7 +64,7 @@ prmt.b32 p{1}, first, second, 0x7362;
 _TAKE = "".join(f"mov.b32 {{${2 * j}, ${2 * j + 1}}}, p{j};\n" for j in range(4))
 
 # The same pairs times those of an activation, $2 … $5: four products in float16 each lane, then
-# float32. $1 is the word.
+# float32. $1 is the word; tables are $6 … $13: as constants they would be loaded again and again.
 _DOT = """
 .reg .b32 sum; .reg .b16 a, b; .reg .f32 x, y;
 mul.rn.f16x2 sum, p0, $2;
@@ -96,12 +100,23 @@ def unpack_ptx(spec: str, interleaved: bool) -> str:
 
 
 def dot_ptx(spec: str, interleaved: bool) -> str:
-    """Word $1 times the float16 pairs $2 … $5, summed to float32 $0; or empty."""
-    body = _body(spec, interleaved, "$1")
+    """Word $1 times the float16 pairs $2 … $5, summed to float32 $0; or empty. Where codes are
+    looked up (in order) $6 … $13 are `tables`."""
+    body = _body(spec, interleaved, "$1", first_table=6)
     return f"{{\n{body}{_DOT}}}" if body else ""
 
 
-def _body(spec: str, interleaved: bool, word: str) -> str:
+def tables(spec: str) -> tuple[int, ...]:
+    """The low bytes of a format's 16 numbers as float16, then the high ones, four to an int32."""
+    halves = [struct.pack("<e", value) for value in numbers(spec)]
+    return tuple(
+        int.from_bytes(bytes(half[byte] for half in halves[i : i + 4]), "little", signed=True)
+        for byte in (0, 1)
+        for i in range(0, 16, 4)
+    )
+
+
+def _body(spec: str, interleaved: bool, word: str, first_table: int | None = None) -> str:
     values = numbers(spec)
     if INTERPRETED or len(values) != 16:
         return ""
@@ -113,20 +128,14 @@ def _body(spec: str, interleaved: bool, word: str) -> str:
         return text.replace("{minus_1024}", _pair(first - 1024)).replace(
             "{minus_64}", _pair(first - 64)
         )
-    halves = [struct.pack("<e", value) for value in values]
-    tables = []
-    for name, byte in (("l", 0), ("h", 1)):
-        for quarter in range(4):
-            four = bytes(half[byte] for half in halves[4 * quarter : 4 * quarter + 4])
-            value = int.from_bytes(four, "little")
-            tables.append(f".reg .b32 {name}{quarter}; mov.b32 {name}{quarter}, {value:#010x};")
-    text = _LOOKUP.replace("{tables}", "\n".join(tables))
-    for shift, one, other in (
-        (f"mov.b32 codes, {word};", "0", "1"),
-        (f"shr.u32 codes, {word}, 16;", "2", "3"),
-    ):
-        half = _LOOKUP_HALF.replace("{shift}", shift)
-        text += half.replace("{0}", one).replace("{1}", other)
+    given = []
+    for number, table in enumerate(tables(spec)):
+        name = "lh"[number // 4] + str(number % 4)
+        value = f"{table & 0xFFFFFFFF:#010x}" if first_table is None else f"${first_table + number}"
+        given.append(f".reg .b32 {name}; mov.b32 {name}, {value};")
+    text = _LOOKUP.replace("{tables}", "\n".join(given)).replace("{word}", word)
+    for name, one, other in (("{half01}", "0", "1"), ("{half23}", "2", "3")):
+        text = text.replace(name, _LOOKUP_HALF.replace("{0}", one).replace("{1}", other))
     return text
 
 

@@ -1,25 +1,31 @@
 """One token's product: every weight is read once, and nothing else counts.
 
-A program has some output channels and all of K. A thread reads 16 bytes of a row at once; what it
-unpacks of them it multiplies there, and the sums meet at the end.
+A program has some output channels and all of K, its warps different parts of K. A thread reads 16
+bytes of a row at once, and the next ones before it multiplies them; what it unpacks it multiplies
+where it is, and the sums meet at the end. The first weights are read before the launch that
+computes the activations has finished (`target.wait`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from memladder.formats.base import Format
 from memladder.formats.elements import ELEMENTS
 from memladder.formats.fp8 import Fp8
 from memladder.formats.mxfp8 import Mxfp8
-from memladder.kernels.cuda.decode import affine, decoded, dot_ptx, numbers
-from memladder.kernels.cuda.epilogue import finished, power
+from memladder.kernels.cuda.decode import affine, decoded, dot_ptx, numbers, tables
+from memladder.kernels.cuda.epilogue import activated, finished, power
 from memladder.kernels.cuda.part import Operand, Part
-from memladder.kernels.cuda.target import INTERPRETED
+from memladder.kernels.cuda.target import INTERPRETED, overlap, wait
+from memladder.kernels.cuda.tuning import choice
 from memladder.kernels.layout import Layout
 
 _DP4A = "dp4a.u32.s32 $0, $1, $2, $3;"
@@ -27,242 +33,432 @@ _DP4A = "dp4a.u32.s32 $0, $1, $2, $3;"
 
 @triton.jit
 def _units(x, at, units, EVEN: tl.constexpr):
-    """32 bits of x each."""
-    if EVEN:
-        return tl.load(x + at)
-    return tl.load(x + at, mask=at < units, other=0)
+    """32 bits of x each, for all rows: [4, TILES] as [4, 1, TILES, 1]."""
+    some = tl.load(x + at) if EVEN else tl.load(x + at, mask=at < units, other=0)
+    return some[:, None, :, None]
 
 
 @triton.jit
-def _dot4(x, at, units, bits, sums, total, PTX: tl.constexpr, EVEN: tl.constexpr):
-    """sums + bits · x, four bytes each, and total + 1 · x."""
-    some = _units(x, at, units, EVEN)
+def _dot4(bits, some, sums, PTX: tl.constexpr):
+    """sums + bits · some, four bytes each, `some` signed."""
     if PTX != "":
-        sums = tl.inline_asm_elementwise(PTX, "=r,r,r,r", [bits, some[None, :], sums],
+        sums = tl.inline_asm_elementwise(PTX, "=r,r,r,r", [bits, some, sums],
                                          dtype=tl.int32, is_pure=True, pack=1)  # fmt: skip
-        total = tl.inline_asm_elementwise(PTX, "=r,r,r,r", [0x01010101, some, total],
-                                          dtype=tl.int32, is_pure=True, pack=1)  # fmt: skip
     else:
         for lane in tl.static_range(4):
-            token = (some << (24 - 8 * lane)) >> 24
-            sums += ((bits >> (8 * lane)) & 0xFF) * token[None, :]
-            total += token
-    return sums, total
+            sums += ((bits >> (8 * lane)) & 0xFF) * ((some << (24 - 8 * lane)) >> 24)
+    return sums
 
 
 @triton.jit
-def _words(x, weight, w_scales, x_scales, bias, factor, residual, out, N, units, tiles, groups,
+def _dot(word, x, at, units, sums, BITS: tl.constexpr, PAIRS: tl.constexpr, LANES: tl.constexpr,
+         INTERLEAVED: tl.constexpr, NUMBERS: tl.constexpr, STEP: tl.constexpr,
+         OFFSET: tl.constexpr, PTX: tl.constexpr, EVEN: tl.constexpr,
+         t0, t1, t2, t3, t4, t5, t6, t7):  # fmt: skip
+    """sums + the numbers of a word · those of x."""
+    if PTX != "" and not INTERLEAVED:
+        sums += tl.inline_asm_elementwise(
+            PTX, "=f,r,r,r,r,r,r,r,r,r,r,r,r,r",
+            [word, _units(x, at, units, EVEN), _units(x, at + 4, units, EVEN),
+             _units(x, at + 8, units, EVEN), _units(x, at + 12, units, EVEN),
+             t0, t1, t2, t3, t4, t5, t6, t7],
+            dtype=tl.float32, is_pure=True, pack=1)  # fmt: skip
+    elif PTX != "":
+        sums += tl.inline_asm_elementwise(
+            PTX, "=f,r,r,r,r,r",
+            [word, _units(x, at, units, EVEN), _units(x, at + 4, units, EVEN),
+             _units(x, at + 8, units, EVEN), _units(x, at + 12, units, EVEN)],
+            dtype=tl.float32, is_pure=True, pack=1)  # fmt: skip
+    else:
+        for pair in tl.static_range(PAIRS):
+            some = _units(x, at + 4 * pair, units, EVEN)
+            for lane in tl.static_range(LANES):
+                bit = BITS * (LANES * pair + lane)
+                if INTERLEAVED:
+                    bit = BITS * pair + (32 // LANES) * lane
+                values = decoded((word >> bit) & ((1 << BITS) - 1), NUMBERS, STEP, OFFSET)
+                half = ((some >> 16 * lane) & 0xFFFF).to(tl.int16)
+                sums += values * half.to(tl.float16, bitcast=True).to(tl.float32)
+    return sums
+
+
+@triton.jit
+def _part(ROWS: tl.constexpr, PARTS: tl.constexpr, first, second, third):
+    """Of several products (weight, scales, bias, out, channels) a program's, and which of its
+    blocks of channels."""
+    pid = tl.program_id(0)
+    weight, scales, bias, out, N = first
+    if PARTS > 1:
+        blocks = tl.cdiv(N, ROWS)
+        if pid >= blocks:
+            pid -= blocks
+            weight, scales, bias, out, N = second
+            if PARTS > 2:
+                blocks = tl.cdiv(N, ROWS)
+                if pid >= blocks:
+                    pid -= blocks
+                    weight, scales, bias, out, N = third
+    return pid, weight, scales, bias, out, N
+
+
+@triton.jit
+def _channels(pid, row, N, ROWS: tl.constexpr):
+    """Of a program's rows: their channels, the same with those beyond the end replaced, and
+    whether they are of the second of two weights, which then follow those of the first."""
+    n = pid * ROWS + row % ROWS
+    return n, tl.where(n < N, n, 0), row >= ROWS
+
+
+@triton.jit
+def _finish(result, n, own, N, bias, bias2, residual, out, ROWS: tl.constexpr,
+            GATED: tl.constexpr, ACTIVATION: tl.constexpr, BIAS: tl.constexpr,
+            RESIDUAL: tl.constexpr):  # fmt: skip
+    """Store a program's sums; gated, activation(first half) · second half."""
+    if GATED:
+        FIRST: tl.constexpr = result.shape[0]
+        SHAPE: tl.constexpr = (FIRST, 2, ROWS // FIRST)
+        gate, up = tl.split(tl.permute(tl.reshape(result, SHAPE), (0, 2, 1)))
+        n, _ = tl.split(tl.permute(tl.reshape(n, SHAPE), (0, 2, 1)))
+        own, _ = tl.split(tl.permute(tl.reshape(own, SHAPE), (0, 2, 1)))
+        if BIAS:
+            gate += tl.load(bias + own).to(tl.float32)
+            up += tl.load(bias2 + own).to(tl.float32)
+        tl.store(out + n, (activated(gate, ACTIVATION) * up).to(tl.float16), mask=n < N)
+    else:
+        finished(result, n, own, n < N, bias, bias, residual, out,
+                 ACTIVATION, BIAS, False, RESIDUAL)  # fmt: skip
+
+
+@triton.jit
+def _words(x, x_scales, residual, weight0, scales0, bias0, out0, N0, weight1, scales1, bias1, out1,
+           N1, weight2, scales2, bias2, out2, N2, units, tiles, groups,
+           t0, t1, t2, t3, t4, t5, t6, t7,
+           PARTS: tl.constexpr, GATED: tl.constexpr,
            BITS: tl.constexpr, PAIRS: tl.constexpr, LANES: tl.constexpr,
            INTERLEAVED: tl.constexpr, TILE_ROWS: tl.constexpr, NUMBERS: tl.constexpr,
            STEP: tl.constexpr, OFFSET: tl.constexpr, PTX: tl.constexpr, GROUP: tl.constexpr,
            INTEGER: tl.constexpr, ACTIVATION: tl.constexpr, BIAS: tl.constexpr,
-           FACTOR: tl.constexpr, RESIDUAL: tl.constexpr, EVEN: tl.constexpr,
+           RESIDUAL: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
            ROWS: tl.constexpr, TILES: tl.constexpr):  # fmt: skip
-    n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    own = tl.where(n < N, n, 0)
-    word = tl.arange(0, TILES * 16)
-    tile = word // 16
-    # x is read as 32 bits, LANES numbers: those of pair 0 of each word; the next pair's lie 4 on.
-    unit = tile * (16 * PAIRS) + (word % 4) * (4 * PAIRS) + (word % 16) // 4
+    pid, weight, w_scales, bias, out, N = _part(
+        ROWS, PARTS, (weight0, scales0, bias0, out0, N0),
+        (weight1, scales1, bias1, out1, N1), (weight2, scales2, bias2, out2, N2))  # fmt: skip
+    # Blocks of eight rows.
+    BLOCKS: tl.constexpr = (2 if GATED else 1) * ROWS // 8
+    rows = tl.arange(0, 8)[:, None] + 8 * tl.arange(0, BLOCKS)[None, :]
+    n, own, second = _channels(pid, rows, N, ROWS)
+    tile = tl.arange(0, TILES)
     row = (own // TILE_ROWS).to(tl.int64) * tiles * (TILE_ROWS * 16) + (own % TILE_ROWS) * 16
-    at = row[:, None] + (tile * (TILE_ROWS * 16) + word % 16)[None, :]
+    scale_at = own.to(tl.int64)
+    if GATED:
+        row = tl.where(second, weight1, weight0) + row
+        scale_row = tl.where(second, scales1, scales0) + scale_at
+    else:
+        row, scale_row = weight + row, w_scales + scale_at
+    # [4, 8, TILES, blocks, 4]: of a row of a tile four threads have four words each; a warp has
+    # eight rows.
+    chunk = tl.arange(0, 4)
+    at = row[None, :, None, :, None]
+    at += (chunk * 4)[:, None, None, None, None] + tl.arange(0, 4)[None, None, None, None, :]
+    at += (tile * (TILE_ROWS * 16))[None, None, :, None, None]
+    # As if they were not contiguous: every thread is to load the scales of its own rows.
+    scale_at = tl.max_contiguous(scale_row, (1, 1))[None, :, None, :]
+    scale_at += 0 * chunk[:, None, None, None]
+    # x is read as 32 bits, LANES numbers: a thread's first; its next ones lie 4 on.
+    unit = tile[None, :] * (16 * PAIRS) + chunk[:, None]
     # How many groups a tile has, and how many of a chunk's four words one group.
     CODES: tl.constexpr = 16 * PAIRS * LANES
-    PARTS: tl.constexpr = CODES // GROUP if GROUP > 0 and GROUP < CODES else 1
-    acc = tl.zeros((ROWS, TILES * 16), tl.int32 if INTEGER else tl.float32)
-    if INTEGER:
-        twos = tl.zeros((ROWS, TILES * 16), tl.int32)
-        fours = tl.zeros((ROWS, TILES * 16), tl.int32)
-        eights = tl.zeros((ROWS, TILES * 16), tl.int32)
-        total = tl.zeros((TILES * 16,), tl.int32)
-    for start in range(0, tiles, TILES):
-        if EVEN:
-            words = tl.load(weight + at)
-        else:
-            words = tl.load(weight + at, mask=(tile < tiles - start)[None, :], other=0)
-        first = start * (16 * PAIRS) + unit
-        if INTEGER:
-            # Four bits times four numbers at once, where they lie in their bytes: their sums then
-            # are 1, 2, 4 or 8 times as large, and a shift serves four of them.
-            for half in tl.static_range(2):
-                bits = words >> 4 * half
-                here = first + 16 * half
-                acc, total = _dot4(x, here, units, bits & 0x01010101, acc, total, PTX, EVEN)
-                twos, total = _dot4(x, here + 4, units, bits & 0x02020202, twos, total, PTX, EVEN)
-                fours, total = _dot4(x, here + 8, units, bits & 0x04040404, fours, total, PTX, EVEN)
-                eights, total = _dot4(x, here + 12, units, bits & 0x08080808, eights, total, PTX,
-                                      EVEN)  # fmt: skip
-        elif PTX != "":
-            sums = tl.inline_asm_elementwise(
-                PTX, "=f,r,r,r,r,r",
-                [words, _units(x, first, units, EVEN)[None, :],
-                 _units(x, first + 4, units, EVEN)[None, :],
-                 _units(x, first + 8, units, EVEN)[None, :],
-                 _units(x, first + 12, units, EVEN)[None, :]],
-                dtype=tl.float32, is_pure=True, pack=1)  # fmt: skip
-        else:
-            sums = tl.zeros((ROWS, TILES * 16), tl.float32)
-            for pair in tl.static_range(PAIRS):
-                some = _units(x, first + 4 * pair, units, EVEN)
-                for lane in tl.static_range(LANES):
-                    bit = BITS * (LANES * pair + lane)
-                    if INTERLEAVED:
-                        bit = BITS * pair + (32 // LANES) * lane
-                    values = decoded((words >> bit) & ((1 << BITS) - 1), NUMBERS, STEP, OFFSET)
-                    half = ((some >> 16 * lane) & 0xFFFF).to(tl.int16)
-                    sums += values * half.to(tl.float16, bitcast=True).to(tl.float32)[None, :]
-        if GROUP > 0:
-            group = (start + tl.arange(0, TILES))[:, None] * (16 * PAIRS * LANES)
-            group = (group + tl.arange(0, PARTS)[None, :] * GROUP) // GROUP
-            group = tl.minimum(group, groups - 1)
-            scale = tl.load(w_scales + group[None, :, :] * N + own[:, None, None])
-            sums = tl.reshape(sums, (ROWS, TILES, 4, PARTS, 4 // PARTS))
-            sums *= scale.to(tl.float32)[:, :, None, :, None]
-            sums = tl.reshape(sums, (ROWS, TILES * 16))
-        if not INTEGER:
-            acc += sums
-        at += TILES * TILE_ROWS * 16
+    GROUPS: tl.constexpr = CODES // GROUP if GROUP > 0 and GROUP < CODES else 1
+    words = tl.load(at, mask=(tile < tiles)[None, None, :, None, None], other=0,
+                    eviction_policy="evict_first")  # fmt: skip
+    wait(PDL)
+    acc = tl.zeros((4, 8, TILES, BLOCKS), tl.int32 if INTEGER else tl.float32)
+    twos = tl.zeros((4, 8, TILES, BLOCKS), tl.int32)
+    fours = tl.zeros((4, 8, TILES, BLOCKS), tl.int32)
+    eights = tl.zeros((4, 8, TILES, BLOCKS), tl.int32)
+    total = tl.zeros((4, 1, TILES, 1), tl.int32)
+    # Two steps: what was read for one lies in other registers than what is read for the next.
+    for begin in range(0, tiles, 2 * TILES):
+        for step in tl.static_range(2):
+            start = begin + step * TILES
+            at += TILES * TILE_ROWS * 16
+            following = tl.load(at, mask=(tile < tiles - start - TILES)[None, None, :, None, None],
+                                other=0, eviction_policy="evict_first")  # fmt: skip
+            first = start * (16 * PAIRS) + unit
+            even, odd = tl.split(tl.reshape(words, (4, 8, TILES, BLOCKS, 2, 2)))
+            word0, word2 = tl.split(even)
+            word1, word3 = tl.split(odd)
+            sums = tl.zeros((4, 8, TILES, BLOCKS), tl.float32)
+            for number in tl.static_range(4):
+                if number == 0:
+                    word = word0
+                elif number == 1:
+                    word = word1
+                elif number == 2:
+                    word = word2
+                else:
+                    word = word3
+                if INTEGER:
+                    # Four bits times four numbers at once, where they lie in their bytes: their
+                    # sums then are 1, 2, 4 or 8 times as large, and a shift serves four of them.
+                    for half in tl.static_range(2):
+                        bits = word >> 4 * half
+                        here = first + (number * 8 + 4 * half) * 4
+                        some = _units(x, here, units, EVEN)
+                        acc = _dot4(bits & 0x01010101, some, acc, PTX)
+                        total = _dot4(0x01010101, some, total, PTX)
+                        some = _units(x, here + 4, units, EVEN)
+                        twos = _dot4(bits & 0x02020202, some, twos, PTX)
+                        total = _dot4(0x01010101, some, total, PTX)
+                        some = _units(x, here + 8, units, EVEN)
+                        fours = _dot4(bits & 0x04040404, some, fours, PTX)
+                        total = _dot4(0x01010101, some, total, PTX)
+                        some = _units(x, here + 12, units, EVEN)
+                        eights = _dot4(bits & 0x08080808, some, eights, PTX)
+                        total = _dot4(0x01010101, some, total, PTX)
+                else:
+                    sums = _dot(word, x, first + number * (4 * PAIRS), units, sums, BITS, PAIRS,
+                                LANES, INTERLEAVED, NUMBERS, STEP, OFFSET, PTX, EVEN,
+                                t0, t1, t2, t3, t4, t5, t6, t7)  # fmt: skip
+                    if (number + 1) % (4 // GROUPS) == 0:
+                        if GROUP > 0:
+                            group = (start + tile) * CODES + number // (4 // GROUPS) * GROUP
+                            group = tl.minimum(group // GROUP, groups - 1)
+                            scale = tl.load(scale_at + (group * N)[None, None, :, None])
+                            acc += sums * scale.to(tl.float32)
+                        else:
+                            acc += sums
+                        sums = tl.zeros((4, 8, TILES, BLOCKS), tl.float32)
+            words = following
     if INTEGER:
         # ±1 is twice the bit less one.
-        acc = 2 * acc + twos + (fours >> 1) + (eights >> 2)
-        result = (tl.sum(acc, axis=1) - tl.sum(total)).to(tl.float32)
-    else:
-        result = tl.sum(acc, axis=1).to(tl.float32)
+        acc = 2 * acc + twos + (fours >> 1) + (eights >> 2) - total
+    result = tl.sum(tl.sum(acc, axis=0), axis=1).to(tl.float32)
     if GROUP == 0:
-        result *= tl.load(w_scales + own).to(tl.float32)
+        result *= tl.load(scale_row).to(tl.float32)
     if INTEGER:
         result *= tl.load(x_scales)
-    finished(result, n, own, n < N, bias, factor, residual, out,
-             ACTIVATION, BIAS, FACTOR, RESIDUAL)  # fmt: skip
+    _finish(result, n, own, N, bias, bias1, residual, out, ROWS, GATED, ACTIVATION, BIAS, RESIDUAL)
 
 
 @triton.jit
-def _whole(x, weight, w_scales, x_scales, bias, factor, residual, out, N, K, stride, top,
-           GROUP: tl.constexpr, ROW_SCALE: tl.constexpr, X_SCALE: tl.constexpr,
-           ACTIVATION: tl.constexpr, BIAS: tl.constexpr, FACTOR: tl.constexpr,
-           RESIDUAL: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    own = tl.where(n < N, n, 0)
+def _whole(x, x_scales, residual, weight0, scales0, bias0, out0, N0, weight1, scales1, bias1, out1,
+           N1, weight2, scales2, bias2, out2, N2, K, stride,
+           PARTS: tl.constexpr, GATED: tl.constexpr, BYTES: tl.constexpr,
+           GROUP: tl.constexpr, ROW_SCALE: tl.constexpr,
+           X_SCALE: tl.constexpr, ACTIVATION: tl.constexpr, BIAS: tl.constexpr,
+           RESIDUAL: tl.constexpr, PDL: tl.constexpr,
+           ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    pid, weight, w_scales, bias, out, N = _part(
+        ROWS, PARTS, (weight0, scales0, bias0, out0, N0),
+        (weight1, scales1, bias1, out1, N1), (weight2, scales2, bias2, out2, N2))  # fmt: skip
+    ALL: tl.constexpr = (2 if GATED else 1) * ROWS
+    n, own, second = _channels(pid, tl.arange(0, ALL), N, ROWS)
+    row, scale_at = own.to(tl.int64) * stride, own.to(tl.int64)
+    if GATED:
+        row = tl.where(second, weight1, weight0) + row
+        scale_at = tl.where(second, scales1, scales0) + scale_at
+    else:
+        row, scale_at = weight + row, w_scales + scale_at
     k = tl.arange(0, BLOCK)
-    at = own[:, None].to(tl.int64) * stride + k[None, :]
-    acc = tl.zeros((ROWS, BLOCK), tl.float32)
-    for start in range(0, K, BLOCK):
-        inside = start + k < K
-        values = tl.load(weight + at, mask=inside[None, :], other=0.0).to(tl.float16)
-        tokens = tl.load(x + start + k, mask=inside, other=0.0).to(tl.float16).to(tl.float32)
-        if GROUP > 0:
-            group = tl.minimum(start // GROUP + tl.arange(0, BLOCK // GROUP), tl.cdiv(K, GROUP) - 1)
-            w_scale = power(tl.load(w_scales + group[None, :] * N + own[:, None]), top)
-            x_scale = power(tl.load(x_scales + group), 127)
-            tokens = tl.reshape(tokens, (BLOCK // GROUP, GROUP)) * x_scale[:, None]
-            values = tl.reshape(values.to(tl.float32), (ROWS, BLOCK // GROUP, GROUP))
-            values *= w_scale[:, :, None]
-            acc += tl.reshape(values * tokens[None, :, :], (ROWS, BLOCK))
-        else:
-            acc += values.to(tl.float32) * tokens[None, :]
-        at += BLOCK
+    at = row[:, None] + k[None, :]
+    values = tl.load(at, mask=(k < K)[None, :], other=0.0, eviction_policy="evict_first")
+    wait(PDL)
+    # What a thread reads at once; it has one scale.
+    CHUNK: tl.constexpr = 16 // BYTES
+    acc = tl.zeros((ALL, BLOCK // CHUNK), tl.float32)
+    for begin in range(0, K, 2 * BLOCK):
+        for step in tl.static_range(2):
+            start = begin + step * BLOCK
+            at += BLOCK
+            following = tl.load(at, mask=(start + BLOCK + k < K)[None, :], other=0.0,
+                                eviction_policy="evict_first")  # fmt: skip
+            tokens = tl.load(x + start + k, mask=start + k < K, other=0.0)
+            # By way of float16: there is an instruction for that.
+            numbers = values.to(tl.float16).to(tl.float32)
+            products = numbers * tokens.to(tl.float16).to(tl.float32)[None, :]
+            sums = tl.sum(tl.reshape(products, (ALL, BLOCK // CHUNK, CHUNK)), axis=2)
+            if GROUP > 0:
+                group = (start + tl.arange(0, BLOCK // CHUNK) * CHUNK) // GROUP
+                group = tl.minimum(group, tl.cdiv(K, GROUP) - 1)
+                w_scale = tl.load(scale_at[:, None] + (group * N)[None, :])
+                x_scale = power(tl.load(x_scales + group), 127)
+                sums *= power(w_scale, 127) * x_scale[None, :]
+            acc += sums
+            values = following
     result = tl.sum(acc, axis=1)
     if ROW_SCALE:
-        result *= tl.load(w_scales + own).to(tl.float32)
+        result *= tl.load(scale_at).to(tl.float32)
     if X_SCALE:
         result *= tl.load(x_scales)
-    if GROUP > 0:
-        result *= power(top, 127)
-    finished(result, n, own, n < N, bias, factor, residual, out,
-             ACTIVATION, BIAS, FACTOR, RESIDUAL)  # fmt: skip
+    _finish(result[None, :], n[None, :], own[None, :], N, bias, bias1, residual, out,
+            ROWS, GATED, ACTIVATION, BIAS, RESIDUAL)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Output channels of a program (of each of two weights, if gated), its warps, and, of whole
+    rows, how much of K a step has."""
+
+    rows: int
+    warps: int
+    block: int = 0
 
 
 def product(operand: Operand, part: Part, activation: str, residual: Tensor | None) -> bool:
     """out = activation(x · Wᵀ + bias) + residual; False where there is no such kernel."""
-    if operand.rows != 1:
+    return _run(operand, [part], False, activation, residual)
+
+
+def gated(operand: Operand, gate: Part, up: Part, activation: str) -> bool:
+    """out = activation(gate) · up; False where there is no such kernel."""
+    alike = gate.weight.layout == up.weight.layout and gate.weight.format == up.weight.format
+    return alike and _run(operand, [gate, up], True, activation, None)
+
+
+def several(operand: Operand, parts: Sequence[Part]) -> bool:
+    """The products of several weights in one launch; False where there is no such kernel."""
+    kinds = {(part.weight.format, part.weight.columns, part.bias is None) for part in parts}
+    tiles = {part.weight.layout.tile_rows for part in parts}
+    return len(kinds) == len(tiles) == 1 and _run(operand, parts, False, "", None)
+
+
+def _run(
+    operand: Operand, parts: Sequence[Part], pair: bool, activation: str, residual: Tensor | None
+) -> bool:
+    if operand.rows != 1 or not 1 <= len(parts) <= 3:
         return False
-    x, scales, kind = operand.x, operand.scales, operand.format
-    weight, out, bias = part.weight, part.out, part.bias
-    factor: Tensor | None = None
-    layout, own = weight.layout, weight.format
-    epilogue = {
+    if pair and (parts[0].bias is None) != (parts[1].bias is None):
+        return False
+    launch = _packed if parts[0].weight.layout.is_packed else _unpacked
+    x = operand.x
+    options: dict[str, Any] = {
+        "PARTS": 1 if pair else len(parts),
+        "GATED": pair,
         "ACTIVATION": activation,
-        "BIAS": bias is not None,
-        "FACTOR": factor is not None,
+        "BIAS": parts[0].bias is not None,
         "RESIDUAL": residual is not None,
+        **overlap(),
     }
-    pointers = (x if part is None else part for part in (bias, factor, residual))
-    x_scales = x if scales is None else scales
-    w_scales = x if weight.scales is None else weight.scales
-    columns = layout.columns
-    if layout.is_packed:
-        integer = own.bits == 1 and kind.is_integer
-        group = own.group or 0
-        parts = layout.tile_columns // group if group else 1
-        if (
-            columns % layout.lanes
-            or own.is_integer != integer
-            or (kind.bits == 16) == integer
-            or own.has_zeros
-            or own.scale_dtype == torch.uint8
-            or parts > 4
-        ):
-            return False
-        values = numbers(str(own))
-        even = affine(values)
-        # Programs enough for all processors, and rows enough that an activation is read for some.
-        rows, tiles = max(4, min(32, triton.next_power_of_2(layout.rows) // 128)), 4
-        _words[(triton.cdiv(layout.rows, rows),)](
-            *(x.view(torch.int32), weight.codes.view(torch.int32), w_scales, x_scales),
-            *pointers,
-            *(out, layout.rows, columns // layout.lanes, layout.shape[1], own.groups(columns)),
-            BITS=own.bits,
-            PAIRS=layout.pairs,
-            LANES=layout.lanes,
-            INTERLEAVED=layout.interleaved,
-            TILE_ROWS=layout.tile_rows,
-            NUMBERS=values,
-            STEP=even[0] if even else 0.0,
-            OFFSET=even[1] if even else 0.0,
-            PTX=_ptx(own, layout, integer),
-            GROUP=group,
-            INTEGER=integer,
-            **epilogue,
-            EVEN=columns % (tiles * layout.tile_columns) == 0,
-            ROWS=rows,
-            TILES=tiles,
-            num_warps=4,
-        )
-        return True
-    if own.bits == 16 and kind.bits == 16:
-        codes, tokens, group = weight.codes.view(torch.float16), x, 0
-    elif isinstance(own, (Fp8, Mxfp8)) and isinstance(kind, type(own)):
-        codes = weight.codes.view(ELEMENTS[own.element].dtype)
-        tokens = x.view(ELEMENTS[kind.element].dtype)
-        group = own.group or 0
-    else:
+    given = [x if tensor is None else tensor for tensor in (operand.scales, residual)]
+    return launch(operand, parts, given, options)
+
+
+def _matrices(parts: Sequence[Part], x: Tensor, element: torch.dtype) -> list[Any]:
+    """Three times weight, scales, bias, out and channels; the last again where there are fewer."""
+    found: list[Any] = []
+    for number in range(3):
+        part = parts[min(number, len(parts) - 1)]
+        scales = x if part.weight.scales is None else part.weight.scales
+        bias = x if part.bias is None else part.bias
+        found += [part.weight.codes.view(element), scales, bias, part.out, part.weight.rows]
+    return found
+
+
+def _shape(parts: Sequence[Part], pair: bool) -> str:
+    """The class of shapes that a cut is chosen for."""
+    weight = parts[0].weight
+    rows = sum(part.weight.rows for part in parts)
+    return f"{weight.format} {'gated ' * pair}{rows}x{weight.columns}"
+
+
+def _packed(
+    operand: Operand, parts: Sequence[Part], given: Sequence[Tensor], options: dict[str, Any]
+) -> bool:
+    weight, kind = parts[0].weight, operand.format
+    layout, own = weight.layout, weight.format
+    integer = own.bits == 1 and kind.is_integer
+    columns, group = layout.columns, own.group or 0
+    if (
+        columns % layout.lanes
+        or own.is_integer != integer
+        or (kind.bits == 16) == integer
+        or own.has_zeros
+        or own.scale_dtype == torch.uint8
+        or (group and layout.tile_columns // group > 4)
+    ):
         return False
-    block = min(1024, triton.next_power_of_2(columns))
-    _whole[(triton.cdiv(layout.rows, 4),)](
-        *(tokens, codes, w_scales, x_scales, *pointers, out),
-        *(layout.rows, columns, layout.shape[1] * layout.tile_columns, weight.top if group else 0),
+    values = numbers(str(own))
+    even = affine(values)
+    pair = options["GATED"]
+    cut = choice("matvec", _shape(parts, pair), _packed_cuts(parts, pair))
+    grid = sum(triton.cdiv(part.weight.rows, cut.rows) for part in parts)
+    _words[(grid if options["PARTS"] > 1 else triton.cdiv(layout.rows, cut.rows),)](
+        *(operand.x.view(torch.int32), *given),
+        *_matrices(parts, operand.x, torch.int32),
+        *(columns // layout.lanes, layout.shape[1], own.groups(columns)),
+        *((0,) * 8 if layout.interleaved else tables(str(own))),
+        **options,
+        BITS=own.bits,
+        PAIRS=layout.pairs,
+        LANES=layout.lanes,
+        INTERLEAVED=layout.interleaved,
+        TILE_ROWS=layout.tile_rows,
+        NUMBERS=values,
+        STEP=even[0] if even else 0.0,
+        OFFSET=even[1] if even else 0.0,
+        PTX=_ptx(own, layout, integer),
         GROUP=group,
-        ROW_SCALE=isinstance(own, Fp8),
-        X_SCALE=isinstance(own, Fp8),
-        **epilogue,
-        ROWS=4,
-        BLOCK=max(block, group),
-        num_warps=4,
+        INTEGER=integer,
+        EVEN=columns % (2 * cut.warps * layout.tile_columns) == 0,
+        ROWS=cut.rows,
+        TILES=cut.warps,
+        num_warps=cut.warps,
     )
     return True
+
+
+def _unpacked(
+    operand: Operand, parts: Sequence[Part], given: Sequence[Tensor], options: dict[str, Any]
+) -> bool:
+    weight, kind = parts[0].weight, operand.format
+    layout, own = weight.layout, weight.format
+    if own.bits == 16 and kind.bits == 16:
+        element, token = torch.float16, torch.float16
+    elif isinstance(own, (Fp8, Mxfp8)) and isinstance(kind, type(own)):
+        element, token = ELEMENTS[own.element].dtype, ELEMENTS[kind.element].dtype
+    else:
+        return False
+    pair = options["GATED"]
+    cut = choice("matvec", _shape(parts, pair), _unpacked_cuts(parts, pair))
+    grid = sum(triton.cdiv(part.weight.rows, cut.rows) for part in parts)
+    _whole[(grid if options["PARTS"] > 1 else triton.cdiv(layout.rows, cut.rows),)](
+        *(operand.x.view(token), *given),
+        *_matrices(parts, operand.x, element),
+        *(layout.columns, layout.shape[1] * layout.tile_columns),
+        **options,
+        BYTES=element.itemsize,
+        GROUP=own.group or 0,
+        ROW_SCALE=isinstance(own, Fp8),
+        X_SCALE=isinstance(own, Fp8),
+        ROWS=cut.rows,
+        BLOCK=cut.block,
+        num_warps=cut.warps,
+    )
+    return True
+
+
+def _packed_cuts(parts: Sequence[Part], pair: bool) -> Sequence[Cut]:
+    if parts[0].weight.format.bits == 1:
+        # An activation's bytes are many beside a weight's bits: they are read for more rows.
+        return [Cut(16, 2), Cut(16, 4)] if pair else [Cut(32, 4), Cut(16, 4)]
+    if pair:
+        return [Cut(8, 8), Cut(8, 4), Cut(16, 8)]
+    rows = sum(part.weight.rows for part in parts)
+    cuts = [Cut(16, 8), Cut(32, 8), Cut(16, 4), Cut(8, 8)]
+    return sorted(cuts, key=lambda cut: cut != Cut(16, 4)) if 8192 < rows < 16384 else cuts
+
+
+def _unpacked_cuts(parts: Sequence[Part], pair: bool) -> Sequence[Cut]:
+    own = parts[0].weight.format
+    if own.bits == 16:
+        return [Cut(2, 8, 2048), Cut(2, 4, 1024)] if pair else [Cut(4, 8, 2048), Cut(4, 4, 1024)]
+    if pair:
+        return [Cut(2, 2, 1024), Cut(2, 4, 2048)] if own.group else [Cut(1, 4, 2048)]
+    return [Cut(2, 4, 2048), Cut(4, 4, 2048)]
 
 
 def _ptx(own: Format, layout: Layout, integer: bool) -> str:
     if integer:
         return "" if INTERPRETED else _DP4A
     return dot_ptx(str(own), layout.interleaved)
-
-
-def gated(operand: Operand, gate: Part, up: Part, activation: str) -> bool:
-    """out = activation(gate) · up; False where there is no such kernel."""
-    return False
-
-
-def several(operand: Operand, parts: Sequence[Part]) -> bool:
-    """The products of several weights in one launch; False where there is no such kernel."""
-    return False

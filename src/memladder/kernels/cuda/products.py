@@ -13,7 +13,18 @@ from memladder.kernels.cuda import matmul as many
 from memladder.kernels.cuda import matvec, skinny
 from memladder.kernels.cuda.part import Operand, Part
 from memladder.kernels.cuda.rows import rotary
+from memladder.kernels.cuda.target import has_wgmma
 from memladder.kernels.packed import PackedMatrix
+
+
+def workspace_bytes(rows: int) -> int:
+    """What products of so many rows want of the workspace."""
+    return skinny.WORKSPACE_BYTES if skinny.MOST_ROWS >= rows > 1 and has_wgmma() else 0
+
+
+def use_workspace(memory: Tensor) -> None:
+    """Use this memory in the next products: uint8, zero at first, none where it is empty."""
+    skinny.set_workspace(memory if memory.numel() else None)
 
 
 def matmul(
@@ -85,9 +96,9 @@ def qkv(
         )
         if weight is not None and out is not None
     ]
-    if not (matvec.several(operand, parts) or skinny.several(operand, parts)):
-        for part in parts:
-            many.product(operand, part, "", None)
+    for module in (matvec, skinny, many):
+        if module.several(operand, parts):
+            break
     if frequencies is not None:
         for out in (query, key):
             if out is not None:

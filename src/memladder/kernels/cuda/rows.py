@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -15,20 +16,39 @@ from memladder.formats.elements import ELEMENTS
 from memladder.formats.fp8 import Fp8
 from memladder.formats.int8 import Int8
 from memladder.formats.mxfp8 import Mxfp8
+from memladder.kernels.cuda.target import overlap, wait
 
 # Elements of a row that a program holds at once.
 _BLOCK = 4096
+# A row of so many is held in registers as a whole.
+_WHOLE = 16384
+# So few rows do not fill a GPU.
+_FEW = 64
 _ROUND = tl.constexpr(12582912.0)
 """1.5 · 2²³: added to a float32 below 2²² and taken away again, it rounds to even."""
 
 
 @triton.jit
-def _norm(x, weight, bias, out, columns, eps, CENTRED: tl.constexpr, BLOCK: tl.constexpr):
+def _norm(x, weight, bias, out, columns, eps, CENTRED: tl.constexpr, WHOLE: tl.constexpr,
+          PDL: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     x += row * columns
     out += row * columns
     lanes = tl.arange(0, BLOCK)
+    wait(PDL)
     mean = 0.0
+    if WHOLE:
+        # The row stays in registers.
+        inside = lanes < columns
+        values = tl.load(x + lanes, mask=inside, other=0.0).to(tl.float32)
+        factor = tl.load(weight + lanes, mask=inside, other=0.0).to(tl.float32)
+        if CENTRED:
+            values = tl.where(inside, values - tl.sum(values) / columns, 0.0)
+        values *= (1.0 / tl.sqrt(tl.sum(values * values) / columns + eps)) * factor
+        if CENTRED:
+            values += tl.load(bias + lanes, mask=inside, other=0.0)
+        tl.store(out + lanes, values.to(tl.float16), mask=inside)
+        return
     if CENTRED:
         total = tl.zeros((BLOCK,), tl.float32)
         for start in range(0, columns, BLOCK):
@@ -75,7 +95,8 @@ def _on_grid(values, TOP: tl.constexpr, MANTISSA: tl.constexpr, STEP: tl.constex
 
 @triton.jit
 def _quantise(x, codes, scales, columns, TOP: tl.constexpr, MANTISSA: tl.constexpr,
-              STEP: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+              STEP: tl.constexpr, PDL: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    wait(PDL)
     row = tl.program_id(0).to(tl.int64)
     x += row * columns
     codes += row * columns
@@ -101,7 +122,8 @@ def _quantise(x, codes, scales, columns, TOP: tl.constexpr, MANTISSA: tl.constex
 @triton.jit
 def _quantise_blocks(x, codes, scales, columns, groups, TOP: tl.constexpr, MANTISSA: tl.constexpr,
                      STEP: tl.constexpr, EXPONENT: tl.constexpr, GROUP: tl.constexpr,
-                     BLOCK: tl.constexpr):  # fmt: skip
+                     PDL: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    wait(PDL)
     row = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     at = block[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
@@ -145,7 +167,8 @@ def sincos(angle):
 
 @triton.jit
 def _rotary(x, frequencies, out, heads, start, seq_len, D: tl.constexpr, HALF: tl.constexpr,
-            HEADS: tl.constexpr):  # fmt: skip
+            HEADS: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    wait(PDL)
     row = tl.program_id(0)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     pair = tl.arange(0, HALF)
@@ -165,13 +188,13 @@ def _rotary(x, frequencies, out, heads, start, seq_len, D: tl.constexpr, HALF: t
 def rms_norm(x: Tensor, weight: Tensor, out: Tensor, *, eps: float) -> None:
     """As `naive.rms_norm`."""
     rows, columns = x.shape
-    _norm[(rows,)](x, weight, weight, out, columns, eps, CENTRED=False, **_shape(columns))
+    _norm[(rows,)](x, weight, weight, out, columns, eps, CENTRED=False, **_norm_cut(rows, columns))
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor, *, eps: float) -> None:
     """As `naive.layer_norm`."""
     rows, columns = x.shape
-    _norm[(rows,)](x, weight, bias, out, columns, eps, CENTRED=True, **_shape(columns))
+    _norm[(rows,)](x, weight, bias, out, columns, eps, CENTRED=True, **_norm_cut(rows, columns))
 
 
 def quantise(x: Tensor, codes: Tensor, scales: Tensor, *, format: str) -> None:
@@ -188,7 +211,7 @@ def quantise(x: Tensor, codes: Tensor, scales: Tensor, *, format: str) -> None:
     else:
         raise UnavailableError(f"no CUDA kernel quantises activations to {kind}")
     if kind.group is None:
-        _quantise[(rows,)](x, codes.view(dtype), scales, columns, **grid, **_shape(columns))
+        _quantise[(rows,)](x, codes.view(dtype), scales, columns, **grid, **_cut(rows, columns))
         return
     groups = kind.groups(columns)
     block = min(_BLOCK // kind.group, triton.next_power_of_2(groups))
@@ -198,6 +221,7 @@ def quantise(x: Tensor, codes: Tensor, scales: Tensor, *, format: str) -> None:
         EXPONENT=element.exponent,
         GROUP=kind.group,
         BLOCK=block,
+        **overlap(),
     )
 
 
@@ -214,9 +238,25 @@ def rotary(
         HALF=triton.next_power_of_2(head_dim // 2),
         HEADS=block,
         num_warps=4,
+        **overlap(),
     )
 
 
-def _shape(columns: int) -> dict[str, int]:
-    block = min(_BLOCK, triton.next_power_of_2(columns))
-    return {"BLOCK": block, "num_warps": max(1, block // 512)}
+def _norm_cut(rows: int, columns: int) -> dict[str, Any]:
+    whole = columns <= _WHOLE
+    cut = _cut(rows, columns)
+    if whole:
+        block = triton.next_power_of_2(columns)
+        cut |= {"BLOCK": block, "num_warps": _warps(block, 32 if rows <= _FEW else 8)}
+    return cut | {"WHOLE": whole}
+
+
+def _cut(rows: int, columns: int) -> dict[str, Any]:
+    """Few rows leave most processors idle: each then has as many warps as there may be."""
+    most, warps = (_WHOLE, 32) if rows <= _FEW else (_BLOCK, 8)
+    block = min(most, triton.next_power_of_2(columns))
+    return {"BLOCK": block, "num_warps": _warps(block, warps), **overlap()}
+
+
+def _warps(block: int, most: int) -> int:
+    return max(1, min(most, block // 512))
