@@ -146,7 +146,7 @@ _CUTS = {
     # Without asynchronous products more lies in registers.
     "few held": (Cut(16, 32, 4, 2),),
     "some held": (Cut(32, 32, 4, 2),),
-    "many held": (Cut(64, 32, 4, 2),),
+    "many held": (Cut(64, 32, 4, 1),),
 }
 
 
