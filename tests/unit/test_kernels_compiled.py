@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +18,19 @@ pytest.importorskip("triton.backends.nvidia")
 # specifications per compute capability.
 SHARED = {80: 163 << 10, 90: 227 << 10}
 
+# Processes for each of them.
+PARTS = 2
+# Some 130 compilations, which two cores share.
+pytestmark = pytest.mark.timeout(900)
+
 Kernels = dict[str, dict[str, Any]]
 
 
-def compiled(capability: int, cache: Path) -> Kernels:
+def compiled(capability: int, part: int, cache: Path) -> Kernels:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     script = Path(__file__).with_name("compiled.py")
     done = subprocess.run(
-        [sys.executable, str(script), str(capability)],
+        [sys.executable, str(script), str(capability), str(part), str(PARTS)],
         capture_output=True,
         text=True,
         env=environment | {"TRITON_CACHE_DIR": str(cache), "OMP_NUM_THREADS": "1"},
@@ -39,9 +43,15 @@ def compiled(capability: int, cache: Path) -> Kernels:
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Kernels]:
-    with ThreadPoolExecutor() as pool:
-        cache = tmp_path_factory.mktemp("triton")
-        return dict(zip(SHARED, pool.map(partial(compiled, cache=cache), SHARED), strict=True))
+    cache = tmp_path_factory.mktemp("triton")
+    found: dict[int, Kernels] = {capability: {} for capability in SHARED}
+    # The one with more kernels first.
+    tasks = [(capability, part) for capability in reversed(SHARED) for part in range(PARTS)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        made = pool.map(lambda task: compiled(*task, cache), tasks)
+        for (capability, _), kernels in zip(tasks, made, strict=True):
+            found[capability] |= kernels
+    return found
 
 
 @pytest.fixture(params=SHARED, ids=["A100", "H100"])

@@ -36,7 +36,7 @@ def output(
     shape: Shape,
     activation: str,
     kernels: ModuleType,
-    chunk: int = 64,
+    chunk: int = 128,
 ) -> Tensor:
     kind = None if activation == "fp16" else formats.get(activation)
     program = programs.definition(config.model).program(config.values, shape, kind, chunk=chunk)
@@ -62,7 +62,9 @@ ROWS = [
 
 @pytest.mark.parametrize("model", ["llama", "bloom"])
 @pytest.mark.parametrize(("weight", "activation", "bound"), ROWS)
-@pytest.mark.parametrize("shape", ["1x1", "7x1", "1x130"])
+# Few rows; and a chunk of many, then one of few. One row would take a minute a layer under the
+# interpreter: its kernels are compared alone.
+@pytest.mark.parametrize("shape", ["7x1", "1x130"])
 def test_the_layer(
     model: str, weight: str, activation: str, bound: float, shape: str, cache_dir: Path
 ) -> None:

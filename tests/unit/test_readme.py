@@ -22,6 +22,9 @@ CPU = ("cpu.json", "cpu")
     [
         (H100, "pytorch", "PyTorch-Inductor"),
         (H100, "onnxruntime", "ONNX Runtime"),
+        (H100, "ladder", "Ladder fp16"),
+        (H100, "ladder_fp16_int4", "Ladder int4"),
+        (H100, "ladder_fp16_nf4", "Ladder nf4"),
         (CPU, "pytorch", "PyTorch-Inductor"),
         (CPU, "onnxruntime", "ONNX Runtime"),
         (CPU, "ladder", "Ladder fp16"),
@@ -51,9 +54,11 @@ def test_the_table_is_what_was_measured(where: tuple[str, str], framework: str, 
     assert [cell.strip() for cell in line.split("|")[2:-1]] == expected
 
 
-def test_the_floor_page_is_what_was_measured() -> None:
-    records = store.read(ROOT / "results" / "cpu.json").records
-    rows = floor.rows(records)
-    assert len(rows) == 36
+# Of 36 cells on the H100 19 have not been measured yet.
+@pytest.mark.parametrize(("name", "device", "cells"), [("cpu", "cpu", 36), ("h100", "cuda", 17)])
+def test_the_floor_pages_are_what_was_measured(name: str, device: str, cells: int) -> None:
+    records = store.read(ROOT / "results" / f"{name}.json").records
+    rows = floor.rows(records, device)
+    assert len(rows) == cells
     assert all(row.holds for row in rows)
-    assert floor.to_markdown(rows) in (ROOT / "docs" / "floor-cpu.md").read_text()
+    assert floor.to_markdown(rows) in (ROOT / "docs" / f"floor-{name}.md").read_text()

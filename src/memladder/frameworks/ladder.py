@@ -211,6 +211,7 @@ class _Session(Session):
                 "cuda_graph_nodes": self._graph.launches,
                 "stack_limit_bytes": 0,
                 "cuts": "tuned" if self._tuned else "shipped",
+                "kernel_path": "hopper" if self._kernels.has_wgmma() else "portable",
             }
             if self._on_cuda
             else {"threads": self._torch.get_num_threads()}

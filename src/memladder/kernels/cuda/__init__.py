@@ -6,12 +6,13 @@ They run on NVIDIA GPUs, and on the CPU under Triton's interpreter.
 from memladder.kernels.cuda.attention import attention
 from memladder.kernels.cuda.products import glu, matmul, qkv, use_workspace, workspace_bytes
 from memladder.kernels.cuda.rows import layer_norm, quantise, rms_norm, rotary
-from memladder.kernels.cuda.target import INTERPRETED
+from memladder.kernels.cuda.target import INTERPRETED, has_wgmma
 
 __all__ = [
     "INTERPRETED",
     "attention",
     "glu",
+    "has_wgmma",
     "layer_norm",
     "matmul",
     "qkv",
