@@ -12,6 +12,7 @@ import pytest
 
 from memladder import formats, frameworks, models
 from memladder.case import FIGURE_SYSTEMS, Case, Shape
+from memladder.frameworks import ladder
 from memladder.frameworks.base import Job, Session
 from memladder.measure.record import Status
 from memladder.models import reference, weights
@@ -107,10 +108,25 @@ def test_what_is_held_is_what_the_formats_say(framework: str, model: str, cache_
     )
 
 
-def test_on_cuda_it_says_why_it_can_not_run() -> None:
+def test_on_cuda_it_says_why_it_can_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
     found = frameworks.get("ladder").availability("cuda:0")
     assert not found.available
-    assert "does not use its CUDA kernels yet" in str(found.reason)
+    assert str(found.reason).endswith(("not installed", "is built without CUDA"))
+    assert found.install == "pip install 'memladder[ladder-cuda]'"
+    # Where all is installed it asks for the GPU's compute capability.
+    monkeypatch.setattr(ladder, "_installed", lambda name: True)
+    monkeypatch.setattr(ladder, "cuda_build", lambda: "13.0")
+    for capability, key, reason in (
+        ((7, 5), "ladder", "Ladder-W_FP16 A_FP16 needs compute capability 8.0; cuda:0 has 7.5"),
+        ((8, 0), "ladder", None),
+        ((8, 6), "ladder_fp8_fp8", "needs compute capability 8.9; cuda:0 has 8.6"),
+        ((8, 6), "ladder_mxfp8_mxfp8", "needs compute capability 8.9; cuda:0 has 8.6"),
+        ((8, 9), "ladder_fp8_fp8", None),
+    ):
+        monkeypatch.setattr(ladder, "_capability", lambda device, found=capability: found)
+        said = frameworks.get(key).availability("cuda:0")
+        assert said.available is (reason is None)
+        assert said.reason is None if reason is None else str(said.reason).endswith(reason)
 
 
 @pytest.mark.parametrize("framework", ["ladder_fp16_int4", "ladder_int8_int1"])

@@ -90,12 +90,9 @@ def inputs(values: Mapping[str, Any], shape: Shape, dtype: torch.dtype) -> dict[
     from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 
     everything = torch.ones(shape.batch_size, shape.seq_len)
-    mask = create_causal_mask(
-        config=_hf_config(values),
-        inputs_embeds=torch.empty(1, shape.seq_len, 0, dtype=dtype),
-        attention_mask=None,
-        past_key_values=None,
-    )
+    # Neither a mask of the user's nor a cache; transformers 5.24 gave the latter another name.
+    states = torch.empty(1, shape.seq_len, 0, dtype=dtype)
+    mask = create_causal_mask(_hf_config(values), states, None, None)
     return {"alibi": build_alibi_tensor(everything, values["n_head"], dtype), "mask": mask}
 
 
