@@ -57,8 +57,10 @@ class Layer:
             )
         if states.device != self.device:
             raise UsageError(f"hidden states are on {states.device}, the layer on {self.device}")
-        execution = self._prepared(Shape(*states.shape[:2]))
-        with torch.inference_mode():
+        # Kernels are launched on the current GPU.
+        current = torch.cuda.device_of(states)  # type: ignore[no-untyped-call]
+        with torch.inference_mode(), current:
+            execution = self._prepared(Shape(*states.shape[:2]))
             execution.input.copy_(states.reshape(-1, hidden))
             execution.run()
         return execution.output.to(states.dtype, copy=True).view(states.shape)

@@ -19,7 +19,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from memladder.formats.elements import ELEMENTS
 from memladder.formats.fp8 import Fp8
-from memladder.kernels.cuda.epilogue import activated
+from memladder.kernels.cuda.epilogue import activated, stored
 from memladder.kernels.cuda.part import Operand, Part
 from memladder.kernels.cuda.target import has_wgmma, overlap, wait
 from memladder.kernels.cuda.tuning import choice
@@ -41,15 +41,6 @@ def _scaled(x, m, n, M, N, x_scales, scales, bias, SCALED: tl.constexpr, BIAS: t
     if BIAS:
         x += tl.load(bias + own).to(tl.float32)[None, :]
     return x
-
-
-@triton.jit
-def _stored(x, m, n, M, N, residual, out, RESIDUAL: tl.constexpr):
-    at = m[:, None].to(tl.int64) * N + n[None, :]
-    inside = (m < M)[:, None] & (n < N)[None, :]
-    if RESIDUAL:
-        x += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + at, x.to(tl.float16), mask=inside)
 
 
 @triton.jit
@@ -109,13 +100,13 @@ def _dense(x, weights, x_scales, scales, also_scales, bias, also_bias, residual,
             acc, also = also, acc
         acc = _scaled(acc, m, n, M, N, x_scales, scales, bias, SCALED, BIAS)
         also = _scaled(also, m, n, M, N, x_scales, also_scales, also_bias, SCALED, ALSO_BIAS)
-        _stored(activated(acc, ACTIVATION) * also, m, n, M, N, residual, out, RESIDUAL)
+        stored(activated(acc, ACTIVATION) * also, m, n, M, N, residual, out, RESIDUAL)
     else:
         acc = _scaled(acc, m, n, M, N, x_scales, scales, bias, SCALED, BIAS)
-        _stored(activated(acc, ACTIVATION), m, n, M, N, residual, out, RESIDUAL)
+        stored(activated(acc, ACTIVATION), m, n, M, N, residual, out, RESIDUAL)
         n += HALF
         also = _scaled(also, m, n, M, N, x_scales, scales, bias, SCALED, BIAS)
-        _stored(activated(also, ACTIVATION), m, n, M, N, residual, out, RESIDUAL)
+        stored(activated(also, ACTIVATION), m, n, M, N, residual, out, RESIDUAL)
 
 
 @dataclass(frozen=True)

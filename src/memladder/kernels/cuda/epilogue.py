@@ -1,4 +1,4 @@
-"""What follows a product before it is stored: scales, bias, activation, factor, residual."""
+"""What follows a product before it is stored: scales, bias, activation, residual."""
 
 from __future__ import annotations
 
@@ -24,14 +24,22 @@ def activated(x, NAME: tl.constexpr):
 
 
 @triton.jit
-def finished(x, at, n, inside, bias, factor, residual, out, ACTIVATION: tl.constexpr,
-             BIAS: tl.constexpr, FACTOR: tl.constexpr, RESIDUAL: tl.constexpr):  # fmt: skip
-    """Store activation(x + bias) · factor + residual; `n` are x's columns, `at` its elements."""
+def stored(x, m, n, M, N, residual, out, RESIDUAL: tl.constexpr):
+    """Store x + residual, a tile [rows m, columns n] of an output [M, N]."""
+    at = m[:, None].to(tl.int64) * N + n[None, :]
+    inside = (m < M)[:, None] & (n < N)[None, :]
+    if RESIDUAL:
+        x += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + at, x.to(tl.float16), mask=inside)
+
+
+@triton.jit
+def finished(x, at, n, inside, bias, residual, out, ACTIVATION: tl.constexpr,
+             BIAS: tl.constexpr, RESIDUAL: tl.constexpr):  # fmt: skip
+    """Store activation(x + bias) + residual; `n` are x's columns, `at` its elements."""
     if BIAS:
         x += tl.load(bias + n).to(tl.float32)
     x = activated(x, ACTIVATION)
-    if FACTOR:
-        x *= tl.load(factor + at, mask=inside, other=0.0).to(tl.float32)
     if RESIDUAL:
         x += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + at, x.to(tl.float16), mask=inside)

@@ -1,4 +1,4 @@
-"""Products with packed weights: out = activation(x · Wᵀ + bias) · factor + residual.
+"""Products with packed weights: out = activation(x · Wᵀ + bias) + residual.
 
 The weight is the product's first operand, its output channels the rows of the tensor core's tile:
 so that it can come from registers, unpacked there in the order in which `kernels.layout` laid it
@@ -24,7 +24,7 @@ from memladder.formats.int8 import Int8
 from memladder.formats.mxfp8 import Mxfp8
 from memladder.kernels.cuda import dense
 from memladder.kernels.cuda.decode import affine, numbers, unpack_ptx, unpacked
-from memladder.kernels.cuda.epilogue import activated, power
+from memladder.kernels.cuda.epilogue import activated, power, stored
 from memladder.kernels.cuda.part import Operand, Part
 from memladder.kernels.cuda.target import INTERPRETED, has_wgmma, overlap, wait
 
@@ -60,15 +60,6 @@ def _scaled(x, m, n, M, N, x_scales, scales, top, bias, X_SCALE: tl.constexpr,
     if BIAS:
         x += tl.load(bias + own).to(tl.float32)[None, :]
     return x
-
-
-@triton.jit
-def _stored(x, m, n, M, N, residual, out, RESIDUAL: tl.constexpr):
-    at = m[:, None].to(tl.int64) * N + n[None, :]
-    inside = (m < M)[:, None] & (n < N)[None, :]
-    if RESIDUAL:
-        x += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + at, x.to(tl.float16), mask=inside)
 
 
 @triton.jit
@@ -198,7 +189,7 @@ def _matmul(x, x_scales, weight, w_scales, w_zeros, bias,
                          w_scales, top, bias, X_SCALE, ROW_SCALE, E8M0, BIAS)  # fmt: skip
         also = _scaled(tl.trans(tl.reshape(also, (CHANNELS, BLOCK_M))), m, n, M, N, x_scales,
                        up_scales, up_top, up_bias, X_SCALE, ROW_SCALE, E8M0, UP_BIAS)  # fmt: skip
-        _stored(activated(result, ACTIVATION) * also, m, n, M, N, residual, out, RESIDUAL)
+        stored(activated(result, ACTIVATION) * also, m, n, M, N, residual, out, RESIDUAL)
     else:
         # Half of the tokens at a time: with all of them an activation's registers would not do.
         result = tl.permute(tl.reshape(result, (BLOCK_N, 2, BLOCK_M // 2)), (0, 2, 1))
@@ -206,11 +197,11 @@ def _matmul(x, x_scales, weight, w_scales, w_zeros, bias,
         m = first_m + tl.arange(0, BLOCK_M // 2)
         result = _scaled(tl.trans(result), m, n, M, N, x_scales, w_scales, top, bias, X_SCALE,
                          ROW_SCALE, E8M0, BIAS)  # fmt: skip
-        _stored(activated(result, ACTIVATION), m, n, M, N, residual, out, RESIDUAL)
+        stored(activated(result, ACTIVATION), m, n, M, N, residual, out, RESIDUAL)
         m += BLOCK_M // 2
         also = _scaled(tl.trans(also), m, n, M, N, x_scales, w_scales, top, bias, X_SCALE,
                        ROW_SCALE, E8M0, BIAS)  # fmt: skip
-        _stored(activated(also, ACTIVATION), m, n, M, N, residual, out, RESIDUAL)
+        stored(activated(also, ACTIVATION), m, n, M, N, residual, out, RESIDUAL)
 
 
 @dataclass(frozen=True)

@@ -125,8 +125,8 @@ def _finish(result, n, own, N, bias, bias2, residual, out, ROWS: tl.constexpr,
             up += tl.load(bias2 + own).to(tl.float32)
         tl.store(out + n, (activated(gate, ACTIVATION) * up).to(tl.float16), mask=n < N)
     else:
-        finished(result, n, own, n < N, bias, bias, residual, out,
-                 ACTIVATION, BIAS, False, RESIDUAL)  # fmt: skip
+        finished(result, n, own, n < N, bias, residual, out,
+                 ACTIVATION, BIAS, RESIDUAL)  # fmt: skip
 
 
 @triton.jit

@@ -173,8 +173,8 @@ def _few(x, x_scales, residual, scratch, weight0, scales0, bias0, out0, N0,
                  mask=(m < M)[:, None] & (n < N)[None, :])  # fmt: skip
     else:
         finished(result, m[:, None] * N + n[None, :], own[None, :],
-                 (m < M)[:, None] & (n < N)[None, :], bias, bias, residual, out,
-                 ACTIVATION, BIAS, False, RESIDUAL)  # fmt: skip
+                 (m < M)[:, None] & (n < N)[None, :], bias, residual, out,
+                 ACTIVATION, BIAS, RESIDUAL)  # fmt: skip
 
 
 @dataclass(frozen=True)
