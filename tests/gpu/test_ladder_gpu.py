@@ -14,7 +14,7 @@ from memladder.engine import packing
 from memladder.engine.driver import Graph
 from memladder.frameworks.base import Job
 from memladder.kernels import cuda, naive
-from memladder.kernels.cuda import attention, matmul, matvec, rows, skinny
+from memladder.kernels.cuda import attention, dense, matmul, matvec, rows, skinny
 from memladder.measure import runner
 from memladder.measure.record import Status
 from memladder.models.cache import default_dir
@@ -24,7 +24,7 @@ from tests.unit.test_layers_cuda import ROWS, cache_dir, output
 
 __all__ = ["cache_dir"]
 
-KERNELS: tuple[ModuleType, ...] = (attention, matmul, matvec, rows, skinny)
+KERNELS: tuple[ModuleType, ...] = (attention, dense, matmul, matvec, rows, skinny)
 
 
 @pytest.mark.parametrize("shape", ["1x1", "1x17", "1x333", "7x1", "32x1", "7x33", "1x4095"])
