@@ -1,4 +1,4 @@
-"""A few PTX instructions, evaluated one by one: PTX ISA 8.7, sections 9.7.3 to 9.7.9."""
+"""A few PTX instructions, evaluated one by one: PTX ISA 8.7, sections 9.7.1 to 9.7.9."""
 
 from __future__ import annotations
 
@@ -8,8 +8,12 @@ import struct
 import numpy as np
 
 
-def run(text: str, operands: dict[str, int]) -> dict[str, int | float]:
-    """Registers after a block of instructions: bits, or for .f32 the number."""
+def run(
+    text: str, operands: dict[str, int], shared: dict[int, int] | None = None
+) -> dict[str, int | float]:
+    """Registers after a block of instructions: bits, or for .f32 the number. `shared` is memory,
+    words by their address, which the block may change."""
+    shared = {} if shared is None else shared
     registers: dict[str, int | float] = dict(operands)
     for statement in text.strip().strip("{}").split(";"):
         words = statement.replace("\n", " ").strip()
@@ -17,6 +21,15 @@ def run(text: str, operands: dict[str, int]) -> dict[str, int | float]:
             continue
         name, _, rest = words.partition(" ")
         groups = re.findall(r"\{[^}]*\}|[^,\s]+", rest)
+        if name == "st.shared.v4.b32":
+            at = int(registers[groups[0].strip("[]")])
+            assert at % 16 == 0, "misaligned"
+            for number, part in enumerate(groups[1].strip("{}").split(",")):
+                shared[at + 4 * number] = int(registers[part.strip()])
+            continue
+        if name == "ld.shared.b32":
+            registers[groups[0]] = shared[int(registers[groups[1].strip("[]")])]
+            continue
         found = _result(name, [_value(part, registers) for part in groups[1:]])
         if groups[0].startswith("{"):
             low, high = (part.strip() for part in groups[0].strip("{}").split(","))
@@ -47,8 +60,14 @@ def _result(name: str, operands: list[int | float]) -> int | float:
     a, b, c, table = (int(part) for part in [*operands, 0, 0, 0][:4])
     if name == "cvt.f32.f16":
         return half(a)
-    if name == "mov.b32":
+    if name in ("mov.b32", "mov.u32"):
         return a
+    if name == "add.u32":
+        return (a + b) % 2**32
+    if name == "mad.lo.u32":
+        return (a * b + c) % 2**32
+    if name == "shl.b32":
+        return (a << b) % 2**32
     if name == "shr.u32":
         return a >> b
     if name == "and.b32":

@@ -115,7 +115,7 @@ def load(path: Path) -> PackedLayer:
                 f"{path}: tensor {name} is {tensor.dtype} {list(tensor.shape)}, "
                 f"not {dtype} {list(shape)}"
             )
-    return _assembled(config, kind, found)
+    return assembled(config, kind, found)
 
 
 def device_bytes(layer: PackedLayer) -> int:
@@ -185,7 +185,8 @@ def _described(path: Path, found: dict[str, str]) -> tuple[LayerConfig, Format]:
         raise FormatError(f"{path}: its metadata is damaged: {error}") from None
 
 
-def _assembled(config: LayerConfig, kind: Format, found: dict[str, Tensor]) -> PackedLayer:
+def assembled(config: LayerConfig, kind: Format, found: dict[str, Tensor]) -> PackedLayer:
+    """The layer of the tensors that its `table` names."""
     definition = programs.definition(config.model)
     matrices = {
         name: PackedMatrix(

@@ -61,7 +61,8 @@ class Nf4(GroupedFormat):
         blocks = grouped(values, self.group_size)
         scales = half(absmax(blocks))
         divisor = torch.where(scales == 0, 1.0, scales.float())
-        codes = torch.bucketize(blocks / divisor, _MIDDLES, out_int32=True).to(torch.uint8)
+        middles = _MIDDLES.to(blocks.device)
+        codes = torch.bucketize(blocks / divisor, middles, out_int32=True).to(torch.uint8)
         return Quantised(ungrouped(codes, values.shape[1]), scales.squeeze(-1))
 
     def decode(self, codes: Tensor) -> Tensor:

@@ -57,13 +57,14 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor, *, eps: flo
 
 
 def quantise(x: Tensor, codes: Tensor, scales: Tensor, *, format: str) -> None:
-    """The rows of x [rows, columns] in an activation format: codes uint8 [rows, columns], scales
-    [rows, groups]."""
+    """The rows of x [rows, columns] in an activation format: codes [rows, columns], uint8, or
+    float16 for the numbers that they stand for; scales [rows, groups]."""
     kind = formats.get(format)
     for part in _row_blocks(x):
         found = kind.quantise(x[part])
         assert found.scales is not None
-        codes[part] = found.codes
+        wide = codes.dtype == torch.float16
+        codes[part] = kind.decode(found.codes) if wide else found.codes
         scales[part] = found.scales
 
 
@@ -142,7 +143,7 @@ def matmul(
 ) -> None:
     """out = activation(x · Wᵀ + bias) + residual.
 
-    x [rows, K]: float16, or with `scales` the codes of `format`, from `quantise`. weight [N, K].
+    x [rows, K]: float16, or with `scales` what `quantise` made of it in `format`. weight [N, K].
     bias [N]; residual, out float16 [rows, N], may be the same. Where both operands are integers
     (`Format.is_integer`) products are summed exactly.
     """
@@ -270,6 +271,8 @@ def _operand(x: Tensor, scales: Tensor | None, c: slice, kind: Format) -> Tensor
     """Columns c of an activation as float32, from float16 or from codes with their rows' scales."""
     if scales is None:
         return x.float()
+    if x.dtype == torch.float16:
+        return x.float() * scales
     if kind.group is not None:
         scales = scales[:, c.start // kind.group : -(-c.stop // kind.group)]
     return kind.dequantise(Quantised(x, scales))

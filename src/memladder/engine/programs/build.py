@@ -18,6 +18,7 @@ from memladder.engine.plan import plan
 from memladder.engine.program import ITEM_BYTES, Buffer, Program, Rows, Step, Value
 from memladder.engine.sources import Matrix
 from memladder.formats.base import Format
+from memladder.formats.fp8 import Fp8
 
 CHUNK = 512
 """Tokens at a time: beyond a few hundred, weights are reused enough for the arithmetic to count."""
@@ -106,7 +107,10 @@ class Builder:
 
     def qkv(self, x: Rows, attention: Attention, start: int, **targets: Rows) -> None:
         """`query`, `key`, `value`, or some of them; row 0 of x is at position `start`."""
-        reads, weights, values = self._operands(x, {f"{name}_weight": name for name in targets})
+        # What attention gives is rounded to 8 bits, a step function: it would make much of the bits
+        # that tensor cores leave away where they add up fp8 products.
+        matrices = {f"{name}_weight": name for name in targets}
+        reads, weights, values = self._operands(x, matrices, wide=isinstance(self.activation, Fp8))
         if attention.positions == "rotary":
             weights["frequencies"] = "rotary.frequencies"
             values |= {
@@ -117,11 +121,12 @@ class Builder:
         self.step("qkv", reads, targets, weights, values)
 
     def _operands(
-        self, x: Rows, matrices: dict[str, str]
+        self, x: Rows, matrices: dict[str, str], wide: bool = False
     ) -> tuple[dict[str, Rows], dict[str, str], dict[str, Value]]:
         """What every product has: its reads, weights with their biases, and values.
 
-        `matrices` are their names by the kernel's arguments; `<argument>_bias` is its bias.
+        `matrices` are their names by the kernel's arguments; `<argument>_bias` is its bias. A
+        quantised operand is kept as float16 where `wide`.
         """
         weights = dict(matrices)
         for argument, name in matrices.items():
@@ -132,11 +137,11 @@ class Builder:
         values: dict[str, Value] = {}
         if self.activation is not None:
             columns = self.matrices[next(iter(matrices.values()))].columns
-            reads["x"], reads["scales"] = self._quantise(x, columns)
+            reads["x"], reads["scales"] = self._quantise(x, columns, wide)
             values["format"] = str(self.activation)
         return reads, weights, values
 
-    def _quantise(self, x: Rows, columns: int) -> tuple[Rows, Rows]:
+    def _quantise(self, x: Rows, columns: int, wide: bool) -> tuple[Rows, Rows]:
         """The operand of a product in the activation's format, once for all who read it."""
         assert self.activation is not None
         if x not in self.quantised:
@@ -145,7 +150,7 @@ class Builder:
             dtype = str(scale).removeprefix("torch.")
             assert dtype in ITEM_BYTES
             self.quantised[x] = (
-                self.new(f"{x.buffer}.codes", x.count, columns, "uint8"),
+                self.new(f"{x.buffer}.codes", x.count, columns, "float16" if wide else "uint8"),
                 self.new(f"{x.buffer}.scales", x.count, self.activation.groups(columns), dtype),
             )
             codes, scales = self.quantised[x]

@@ -8,6 +8,7 @@ as float16 pairs, and must give the same numbers bit by bit.
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -39,7 +40,7 @@ fma.rn.f16x2 p3, p3, sixteenth, offsets;
 # Four codes of 4 bits pick four bytes of a table of 16 in three permutations: of its lower and of
 # its upper half by three bits each, then between the two by the fourth. Tables l0 … l3 and h0 … h3
 # have the low and the high bytes of the numbers.
-_LOOKUP = """
+_PERMUTE = """
 .reg .b32 p<4>, low, which, high, first, second;
 {tables}
 and.b32 low, {word}, 0x77777777;
@@ -50,7 +51,7 @@ shr.u32 low, low, 16;
 shr.u32 which, which, 16;
 {half23}
 """
-_LOOKUP_HALF = """
+_PERMUTE_HALF = """
 prmt.b32 first, l0, l1, low;
 prmt.b32 second, l2, l3, low;
 prmt.b32 first, first, second, which;
@@ -61,10 +62,50 @@ prmt.b32 p{0}, first, second, 0x5140;
 prmt.b32 p{1}, first, second, 0x7362;
 """
 
+# The same by a table of 256 float16 pairs, which a byte, two codes, is the place in. It is there 32
+# times, so that every lane of a warp has a bank of shared memory to itself: a fifth of the
+# instructions, where nothing else has need of that memory.
+_LOOKUP = """
+.reg .b32 p<4>, table, lane, at;
+mov.u32 table, number_pairs;
+mov.u32 lane, %laneid;
+shl.b32 lane, lane, 2;
+shl.b32 at, {word}, 7;
+lop3.b32 at, at, 0x7f80, lane, 0xEA;
+add.u32 at, at, table;
+ld.shared.b32 p0, [at];
+shr.u32 at, {word}, 1;
+lop3.b32 at, at, 0x7f80, lane, 0xEA;
+add.u32 at, at, table;
+ld.shared.b32 p1, [at];
+shr.u32 at, {word}, 9;
+lop3.b32 at, at, 0x7f80, lane, 0xEA;
+add.u32 at, at, table;
+ld.shared.b32 p2, [at];
+shr.u32 at, {word}, 17;
+lop3.b32 at, at, 0x7f80, lane, 0xEA;
+add.u32 at, at, table;
+ld.shared.b32 p3, [at];
+"""
+
+# The table lies in shared memory of its own, beside what Triton allots.
+_DECLARE = tl.constexpr(".shared .align 128 .b8 number_pairs[32768]; mov.u32 $0, number_pairs;")
+# Pair $2 of byte $1 to all 32 banks; neighbours begin at different ones.
+_FILL = tl.constexpr(
+    "{ .reg .b32 row, bank, at; mov.u32 row, number_pairs; mad.lo.u32 row, $1, 128, row;"
+    " mov.u32 bank, %laneid; and.b32 bank, bank, 7; shl.b32 bank, bank, 4;"
+    + 8
+    * (
+        " add.u32 at, row, bank; st.shared.v4.b32 [at], {$2, $2, $2, $2};"
+        " add.u32 bank, bank, 16; and.b32 bank, bank, 112;"
+    )
+    + " mov.u32 $0, 0; }"
+)
+
 _TAKE = "".join(f"mov.b32 {{${2 * j}, ${2 * j + 1}}}, p{j};\n" for j in range(4))
 
 # The same pairs times those of an activation, $2 … $5: four products in float16 each lane, then
-# float32. $1 is the word; tables are $6 … $13: as constants they would be loaded again and again.
+# float32.
 _DOT = """
 .reg .b32 sum; .reg .b16 a, b; .reg .f32 x, y;
 mul.rn.f16x2 sum, p0, $2;
@@ -78,12 +119,44 @@ add.f32 $0, x, y;
 """
 
 
+def _allow_table(_: int, function: int, *__: object) -> None:
+    """Let a kernel that was just loaded have what Triton allots to it besides its table."""
+    from cuda.bindings import driver
+
+    attribute = driver.CUfunction_attribute
+    device = driver.cuCtxGetDevice()[1]
+    limit = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
+    most = driver.cuDeviceGetAttribute(limit, device)[1]
+    table = driver.cuFuncGetAttribute(attribute.CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES, function)[1]
+    if table:
+        largest = attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        driver.cuFuncSetAttribute(function, largest, most - table)
+        # All of the memory that it shares with the first level cache: tables are what limits how
+        # many programs there are at a time.
+        share = attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
+        driver.cuFuncSetAttribute(function, share, 100)
+
+
+triton.knobs.runtime.kernel_load_end_hook.add(_allow_table)
+
+
+# What the numbers of a format are multiplied by. float16 does not hold those of nf4, and their
+# errors do not cancel: their mean, −1.1e-5, adds up along K where activations have a mean as well.
+# After a GELU, 57,344 of them, a product is 3.2e-3 off. Times this the mean is 1e-7, the error 1e-4.
+_STRETCH = {"nf4": 711 / 512}
+
+
+def stretch(spec: str) -> float:
+    """What `numbers` are multiplied by, and a product's sums are to be divided by."""
+    return _STRETCH.get(spec.partition(":")[0], 1.0)
+
+
 @lru_cache
 def numbers(spec: str) -> tuple[float, ...]:
-    """What each code of a format stands for, before its scale."""
+    """What each code of a format stands for, before its scale, times `stretch`."""
     kind = formats.get(spec)
     codes = torch.arange(1 << kind.bits, dtype=torch.uint8).unsqueeze(0)
-    return tuple(kind.decode(codes)[0].tolist())
+    return tuple((kind.decode(codes)[0] * stretch(spec)).tolist())
 
 
 def affine(values: tuple[float, ...]) -> tuple[float, float] | None:
@@ -95,28 +168,18 @@ def affine(values: tuple[float, ...]) -> tuple[float, float] | None:
 
 def unpack_ptx(spec: str, interleaved: bool) -> str:
     """Word $8 to float16 $0 … $7; empty where a format has only the portable way."""
-    body = _body(spec, interleaved, "$8")
+    body = _body(spec, interleaved, "$8", _permuted)
     return f"{{\n{body}{_TAKE}}}" if body else ""
 
 
 def dot_ptx(spec: str, interleaved: bool) -> str:
     """Word $1 times the float16 pairs $2 … $5, summed to float32 $0; or empty. Where codes are
-    looked up (in order) $6 … $13 are `tables`."""
-    body = _body(spec, interleaved, "$1", first_table=6)
+    looked up, `lookup` has to have made their table."""
+    body = _body(spec, interleaved, "$1", lambda _: _LOOKUP)
     return f"{{\n{body}{_DOT}}}" if body else ""
 
 
-def tables(spec: str) -> tuple[int, ...]:
-    """The low bytes of a format's 16 numbers as float16, then the high ones, four to an int32."""
-    halves = [struct.pack("<e", value) for value in numbers(spec)]
-    return tuple(
-        int.from_bytes(bytes(half[byte] for half in halves[i : i + 4]), "little", signed=True)
-        for byte in (0, 1)
-        for i in range(0, 16, 4)
-    )
-
-
-def _body(spec: str, interleaved: bool, word: str, first_table: int | None = None) -> str:
+def _body(spec: str, interleaved: bool, word: str, table: Callable[[str], str]) -> str:
     values = numbers(spec)
     if INTERPRETED or len(values) != 16:
         return ""
@@ -128,14 +191,23 @@ def _body(spec: str, interleaved: bool, word: str, first_table: int | None = Non
         return text.replace("{minus_1024}", _pair(first - 1024)).replace(
             "{minus_64}", _pair(first - 64)
         )
-    given = []
-    for number, table in enumerate(tables(spec)):
-        name = "lh"[number // 4] + str(number % 4)
-        value = f"{table & 0xFFFFFFFF:#010x}" if first_table is None else f"${first_table + number}"
-        given.append(f".reg .b32 {name}; mov.b32 {name}, {value};")
-    text = _LOOKUP.replace("{tables}", "\n".join(given)).replace("{word}", word)
+    return table(spec).replace("{word}", word)
+
+
+def _permuted(spec: str) -> str:
+    halves = [struct.pack("<e", value) for value in numbers(spec)]
+    tables = [
+        bytes(half[byte] for half in halves[i : i + 4]) for byte in (0, 1) for i in range(0, 16, 4)
+    ]
+    given = [
+        f".reg .b32 {name}; mov.b32 {name}, {int.from_bytes(table, 'little'):#010x};"
+        for name, table in zip(
+            ("l0", "l1", "l2", "l3", "h0", "h1", "h2", "h3"), tables, strict=True
+        )
+    ]
+    text = _PERMUTE.replace("{tables}", "\n".join(given))
     for name, one, other in (("{half01}", "0", "1"), ("{half23}", "2", "3")):
-        text = text.replace(name, _LOOKUP_HALF.replace("{0}", one).replace("{1}", other))
+        text = text.replace(name, _PERMUTE_HALF.replace("{0}", one).replace("{1}", other))
     return text
 
 
@@ -153,6 +225,22 @@ def decoded(codes, NUMBERS: tl.constexpr, STEP: tl.constexpr, OFFSET: tl.constex
     for code in tl.static_range(1, len(NUMBERS)):
         values = tl.where(codes == code, NUMBERS[code], values)
     return values
+
+
+@triton.jit
+def lookup(NUMBERS: tl.constexpr, PTX: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """Fill the table of a format whose PTX looks codes up: once a program, before it loads what is
+    looked up."""
+    if PTX != "" and not INTERLEAVED:
+        tl.inline_asm_elementwise(_DECLARE, "=r,r", [tl.program_id(0)], dtype=tl.int32,
+                                  is_pure=False, pack=1)  # fmt: skip
+        code = tl.arange(0, 256)
+        low = decoded(code & 15, NUMBERS, 0.0, 0.0).to(tl.float16).to(tl.int16, bitcast=True)
+        high = decoded(code >> 4, NUMBERS, 0.0, 0.0).to(tl.float16).to(tl.int16, bitcast=True)
+        pair = (high.to(tl.int32) << 16) | (low.to(tl.int32) & 0xFFFF)
+        tl.inline_asm_elementwise(_FILL, "=r,r,r", [code, pair], dtype=tl.int32, is_pure=False,
+                                  pack=1)  # fmt: skip
+        tl.debug_barrier()
 
 
 @triton.jit

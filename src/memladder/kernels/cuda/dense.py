@@ -27,7 +27,7 @@ from memladder.kernels.cuda.tuning import choice
 # Fewer rows are `skinny`'s.
 _ROWS = 64
 # How far along K tensor cores add up fp8 products before what they have is kept more precisely.
-_CARRY = 512
+_CARRY = 1024
 # Fewer programs than an H100 has processors, about, and tiles become smaller.
 _PROGRAMS = 96
 
@@ -164,6 +164,7 @@ def _fits(operand: Operand, part: Part) -> bool:
         isinstance(own, Fp8) and isinstance(kind, Fp8) and own.element == kind.element
     )
     # What copy engines ask of a stride; and stored rows are no longer than they need be.
+    same = same and operand.x.itemsize == own.bits // 8
     aligned = part.weight.columns % (128 // own.bits) == 0
     return same and aligned and operand.rows > _ROWS and has_wgmma()
 

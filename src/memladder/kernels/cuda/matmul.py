@@ -23,7 +23,7 @@ from memladder.formats.fp8 import Fp8
 from memladder.formats.int8 import Int8
 from memladder.formats.mxfp8 import Mxfp8
 from memladder.kernels.cuda import dense
-from memladder.kernels.cuda.decode import affine, numbers, unpack_ptx, unpacked
+from memladder.kernels.cuda.decode import affine, numbers, stretch, unpack_ptx, unpacked
 from memladder.kernels.cuda.epilogue import activated, power, stored
 from memladder.kernels.cuda.part import Operand, Part
 from memladder.kernels.cuda.target import INTERPRETED, has_wgmma, overlap, wait
@@ -68,7 +68,7 @@ def _matmul(x, x_scales, weight, w_scales, w_zeros, bias,
             M, N, K, stride, tiles, groups, top, up_top,
             PACKED: tl.constexpr, BITS: tl.constexpr, PAIRS: tl.constexpr, LANES: tl.constexpr,
             INTERLEAVED: tl.constexpr, TILE_ROWS: tl.constexpr, NUMBERS: tl.constexpr,
-            STEP: tl.constexpr, OFFSET: tl.constexpr, PTX: tl.constexpr,
+            STRETCH: tl.constexpr, STEP: tl.constexpr, OFFSET: tl.constexpr, PTX: tl.constexpr,
             GROUP: tl.constexpr, E8M0: tl.constexpr, ZEROS: tl.constexpr, ROW_SCALE: tl.constexpr,
             X_GROUP: tl.constexpr, X_SCALE: tl.constexpr, OPERAND: tl.constexpr,
             ACTIVATION: tl.constexpr, BIAS: tl.constexpr, UP_BIAS: tl.constexpr,
@@ -181,6 +181,8 @@ def _matmul(x, x_scales, weight, w_scales, w_zeros, bias,
                                                 pack=1)  # fmt: skip
         x_at += BLOCK_K
     result = acc.to(tl.float32)
+    if STRETCH != 1:
+        result /= STRETCH
     if GATED:
         n = first_n + tl.arange(0, CHANNELS)
         result = tl.reshape(result, (BLOCK_N // 16, 2, 8, BLOCK_M))
@@ -246,6 +248,8 @@ def tile(
             found = replace(found, m=64 if columns <= 128 else 32, n=64, warps=4)
         if columns > 128 and operand.itemsize > 1:
             found = replace(found, m=min(64, found.m), n=64, warps=4, stages=2)
+    if isinstance(weight, Fp8) and operand.itemsize == 2 and found.m == found.n == 64:
+        found = replace(found, k=2 * k)
     if not has_wgmma() or found.warps != 8:
         return found
     narrow = weight.bits == 4 and weight.scale_dtype == torch.float16
@@ -290,12 +294,12 @@ def _run(
     x, scales, kind = given.x, given.scales, given.format
     weight, out = part.weight, part.out
     layout, own = weight.layout, weight.format
-    operand = _operand(own, kind)
+    operand = _operand(own, kind, x)
     values = numbers(str(own)) if layout.is_packed else ()
     even = affine(values) if values else None
     element = torch.int32 if layout.is_packed else _element(own)
     codes = weight.codes.view(element)
-    tokens = x.view(_element(kind))
+    tokens = x if x.dtype == torch.float16 else x.view(_element(kind))
     rows, columns = x.shape
     weights = 1 if up is None else 2
     cut = tile(own, operand, rows, weights * layout.rows, layout.tile_columns, weights)
@@ -324,6 +328,7 @@ def _run(
         INTERLEAVED=layout.interleaved,
         TILE_ROWS=layout.tile_rows,
         NUMBERS=values,
+        STRETCH=stretch(str(own)) if values else 1.0,
         STEP=even[0] if even else 0.0,
         OFFSET=even[1] if even else 0.0,
         PTX="" if integer else unpack_ptx(str(own), layout.interleaved),
@@ -374,12 +379,16 @@ def _element(kind: Format) -> torch.dtype:
     return torch.int8 if isinstance(kind, Int8) else torch.float16
 
 
-def _operand(weight: Format, activation: Format) -> torch.dtype:
-    """In which both operands are multiplied."""
+def _operand(weight: Format, activation: Format, x: Tensor) -> torch.dtype:
+    """In which both operands are multiplied.
+
+    fp8 as float16, which holds it exactly, where x is given so: tensor cores keep 14 bits of the
+    sums of fp8 products.
+    """
     if activation.bits == 16 or isinstance(activation, Mxfp8):
         return torch.float16
     if activation.is_integer and weight.is_integer:
         return torch.int8
     if isinstance(weight, Fp8) and activation == replace(weight, scale="float32"):
-        return ELEMENTS[weight.element].dtype
+        return torch.float16 if x.dtype == torch.float16 else ELEMENTS[weight.element].dtype
     raise UnavailableError(f"no CUDA kernel multiplies {activation} by {weight} weights")

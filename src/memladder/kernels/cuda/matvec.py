@@ -21,7 +21,7 @@ from memladder.formats.base import Format
 from memladder.formats.elements import ELEMENTS
 from memladder.formats.fp8 import Fp8
 from memladder.formats.mxfp8 import Mxfp8
-from memladder.kernels.cuda.decode import affine, decoded, dot_ptx, numbers, tables
+from memladder.kernels.cuda.decode import affine, decoded, dot_ptx, lookup, numbers, stretch
 from memladder.kernels.cuda.epilogue import activated, finished, power
 from memladder.kernels.cuda.part import Operand, Part
 from memladder.kernels.cuda.target import INTERPRETED, overlap, wait
@@ -53,17 +53,9 @@ def _dot4(bits, some, sums, PTX: tl.constexpr):
 @triton.jit
 def _dot(word, x, at, units, sums, BITS: tl.constexpr, PAIRS: tl.constexpr, LANES: tl.constexpr,
          INTERLEAVED: tl.constexpr, NUMBERS: tl.constexpr, STEP: tl.constexpr,
-         OFFSET: tl.constexpr, PTX: tl.constexpr, EVEN: tl.constexpr,
-         t0, t1, t2, t3, t4, t5, t6, t7):  # fmt: skip
+         OFFSET: tl.constexpr, PTX: tl.constexpr, EVEN: tl.constexpr):  # fmt: skip
     """sums + the numbers of a word · those of x."""
-    if PTX != "" and not INTERLEAVED:
-        sums += tl.inline_asm_elementwise(
-            PTX, "=f,r,r,r,r,r,r,r,r,r,r,r,r,r",
-            [word, _units(x, at, units, EVEN), _units(x, at + 4, units, EVEN),
-             _units(x, at + 8, units, EVEN), _units(x, at + 12, units, EVEN),
-             t0, t1, t2, t3, t4, t5, t6, t7],
-            dtype=tl.float32, is_pure=True, pack=1)  # fmt: skip
-    elif PTX != "":
+    if PTX != "":
         sums += tl.inline_asm_elementwise(
             PTX, "=f,r,r,r,r,r",
             [word, _units(x, at, units, EVEN), _units(x, at + 4, units, EVEN),
@@ -132,11 +124,11 @@ def _finish(result, n, own, N, bias, bias2, residual, out, ROWS: tl.constexpr,
 @triton.jit
 def _words(x, x_scales, residual, weight0, scales0, bias0, out0, N0, weight1, scales1, bias1, out1,
            N1, weight2, scales2, bias2, out2, N2, units, tiles, groups,
-           t0, t1, t2, t3, t4, t5, t6, t7,
            PARTS: tl.constexpr, GATED: tl.constexpr,
            BITS: tl.constexpr, PAIRS: tl.constexpr, LANES: tl.constexpr,
            INTERLEAVED: tl.constexpr, TILE_ROWS: tl.constexpr, NUMBERS: tl.constexpr,
-           STEP: tl.constexpr, OFFSET: tl.constexpr, PTX: tl.constexpr, GROUP: tl.constexpr,
+           STRETCH: tl.constexpr, STEP: tl.constexpr, OFFSET: tl.constexpr, PTX: tl.constexpr,
+           GROUP: tl.constexpr,
            INTEGER: tl.constexpr, ACTIVATION: tl.constexpr, BIAS: tl.constexpr,
            RESIDUAL: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
            ROWS: tl.constexpr, TILES: tl.constexpr):  # fmt: skip
@@ -169,6 +161,7 @@ def _words(x, x_scales, residual, weight0, scales0, bias0, out0, N0, weight1, sc
     # How many groups a tile has, and how many of a chunk's four words one group.
     CODES: tl.constexpr = 16 * PAIRS * LANES
     GROUPS: tl.constexpr = CODES // GROUP if GROUP > 0 and GROUP < CODES else 1
+    lookup(NUMBERS, PTX, INTERLEAVED or INTEGER)
     words = tl.load(at, mask=(tile < tiles)[None, None, :, None, None], other=0,
                     eviction_policy="evict_first")  # fmt: skip
     wait(PDL)
@@ -218,8 +211,7 @@ def _words(x, x_scales, residual, weight0, scales0, bias0, out0, N0, weight1, sc
                         total = _dot4(0x01010101, some, total, PTX)
                 else:
                     sums = _dot(word, x, first + number * (4 * PAIRS), units, sums, BITS, PAIRS,
-                                LANES, INTERLEAVED, NUMBERS, STEP, OFFSET, PTX, EVEN,
-                                t0, t1, t2, t3, t4, t5, t6, t7)  # fmt: skip
+                                LANES, INTERLEAVED, NUMBERS, STEP, OFFSET, PTX, EVEN)  # fmt: skip
                     if (number + 1) % (4 // GROUPS) == 0:
                         if GROUP > 0:
                             group = (start + tile) * CODES + number // (4 // GROUPS) * GROUP
@@ -234,6 +226,8 @@ def _words(x, x_scales, residual, weight0, scales0, bias0, out0, N0, weight1, sc
         # ±1 is twice the bit less one.
         acc = 2 * acc + twos + (fours >> 1) + (eights >> 2) - total
     result = tl.sum(tl.sum(acc, axis=0), axis=1).to(tl.float32)
+    if STRETCH != 1:
+        result /= STRETCH
     if GROUP == 0:
         result *= tl.load(scale_row).to(tl.float32)
     if INTEGER:
@@ -298,11 +292,12 @@ def _whole(x, x_scales, residual, weight0, scales0, bias0, out0, N0, weight1, sc
 @dataclass(frozen=True)
 class Cut:
     """Output channels of a program (of each of two weights, if gated), its warps, and, of whole
-    rows, how much of K a step has."""
+    rows, how much of K a step has; a limit on its registers."""
 
     rows: int
     warps: int
     block: int = 0
+    registers: int | None = None
 
 
 def product(operand: Operand, part: Part, activation: str, residual: Tensor | None) -> bool:
@@ -387,7 +382,6 @@ def _packed(
         *(operand.x.view(torch.int32), *given),
         *_matrices(parts, operand.x, torch.int32),
         *(columns // layout.lanes, layout.shape[1], own.groups(columns)),
-        *((0,) * 8 if layout.interleaved else tables(str(own))),
         **options,
         BITS=own.bits,
         PAIRS=layout.pairs,
@@ -395,6 +389,7 @@ def _packed(
         INTERLEAVED=layout.interleaved,
         TILE_ROWS=layout.tile_rows,
         NUMBERS=values,
+        STRETCH=stretch(str(own)),
         STEP=even[0] if even else 0.0,
         OFFSET=even[1] if even else 0.0,
         PTX=_ptx(own, layout, integer),
@@ -404,6 +399,7 @@ def _packed(
         ROWS=cut.rows,
         TILES=cut.warps,
         num_warps=cut.warps,
+        maxnreg=cut.registers,
     )
     return True
 
@@ -419,6 +415,7 @@ def _unpacked(
         element, token = ELEMENTS[own.element].dtype, ELEMENTS[kind.element].dtype
     else:
         return False
+    token = torch.float16 if operand.x.dtype == torch.float16 else token
     pair = options["GATED"]
     cut = choice("matvec", _shape(parts, pair), _unpacked_cuts(parts, pair))
     grid = sum(triton.cdiv(part.weight.rows, cut.rows) for part in parts)

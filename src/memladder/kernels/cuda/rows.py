@@ -16,7 +16,7 @@ from memladder.formats.elements import ELEMENTS
 from memladder.formats.fp8 import Fp8
 from memladder.formats.int8 import Int8
 from memladder.formats.mxfp8 import Mxfp8
-from memladder.kernels.cuda.target import overlap, wait
+from memladder.kernels.cuda.target import INTERPRETED, capability, overlap, wait
 
 # Elements of a row that a program holds at once.
 _BLOCK = 4096
@@ -24,6 +24,8 @@ _BLOCK = 4096
 _WHOLE = 16384
 # So few rows do not fill a GPU.
 _FEW = 64
+# So many elements of one of few rows are a program's own when they are quantised.
+_SHARE = 4096
 _ROUND = tl.constexpr(12582912.0)
 """1.5 · 2²³: added to a float32 below 2²² and taken away again, it rounds to even."""
 
@@ -95,12 +97,14 @@ def _on_grid(values, TOP: tl.constexpr, MANTISSA: tl.constexpr, STEP: tl.constex
 
 @triton.jit
 def _quantise(x, codes, scales, columns, TOP: tl.constexpr, MANTISSA: tl.constexpr,
-              STEP: tl.constexpr, PDL: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+              STEP: tl.constexpr, HARDWARE: tl.constexpr, PDL: tl.constexpr,
+              BLOCK: tl.constexpr, SHARE: tl.constexpr):  # fmt: skip
     wait(PDL)
     row = tl.program_id(0).to(tl.int64)
     x += row * columns
     codes += row * columns
     lanes = tl.arange(0, BLOCK)
+    # All of a row is read by each of the programs that share it.
     most = tl.zeros((BLOCK,), tl.int32)
     for start in range(0, columns, BLOCK):
         at = start + lanes
@@ -110,12 +114,23 @@ def _quantise(x, codes, scales, columns, TOP: tl.constexpr, MANTISSA: tl.constex
     top = tl.max(most).to(tl.float32, bitcast=True)
     scale = tl.where(top == 0.0, 1.0, tl.div_rn(top, TOP))
     tl.store(scales + row, scale)
-    for start in range(0, columns, BLOCK):
+    inverse = tl.div_rn(1.0, scale)
+    lanes = tl.arange(0, SHARE)
+    for start in range(tl.program_id(1) * SHARE, columns, SHARE * tl.num_programs(1)):
         at = start + lanes
         inside = at < columns
         values = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-        values = tl.div_rn(values, tl.zeros_like(values) + scale)
-        values = _on_grid(values, TOP, MANTISSA, STEP)
+        if HARDWARE:
+            # The quotient rounded to nearest, by two corrections with fused products (Markstein
+            # 1990, IBM Journal of Research and Development 34, 1); an infinite scale needs none.
+            near = values * inverse
+            better = tl.fma(tl.fma(-near, scale, values), inverse, near)
+            better = tl.fma(tl.fma(-better, scale, values), inverse, better)
+            values = tl.where(inverse == 0.0, near, better)
+        else:
+            values = tl.div_rn(values, tl.zeros_like(values) + scale)
+        if not (HARDWARE and codes.dtype.element_ty.primitive_bitwidth == 8 and MANTISSA > 0):
+            values = _on_grid(values, TOP, MANTISSA, STEP)
         tl.store(codes + at, values.to(codes.dtype.element_ty), mask=inside)
 
 
@@ -211,7 +226,21 @@ def quantise(x: Tensor, codes: Tensor, scales: Tensor, *, format: str) -> None:
     else:
         raise UnavailableError(f"no CUDA kernel quantises activations to {kind}")
     if kind.group is None:
-        _quantise[(rows,)](x, codes.view(dtype), scales, columns, **grid, **_cut(rows, columns))
+        cut = _cut(rows, columns)
+        share, shares = cut["BLOCK"], 1
+        if rows <= _FEW:
+            block = min(2 * _WHOLE, triton.next_power_of_2(columns))
+            share = min(_SHARE, block)
+            shares = triton.cdiv(columns, share)
+            cut |= {"BLOCK": block, "num_warps": _warps(block, 32)}
+        wide = codes.dtype == torch.float16
+        _quantise[(rows, shares)](
+            *(x, codes if wide else codes.view(dtype), scales, columns),
+            **grid,
+            HARDWARE=not INTERPRETED and capability() >= 89,
+            SHARE=share,
+            **cut,
+        )
         return
     groups = kind.groups(columns)
     block = min(_BLOCK // kind.group, triton.next_power_of_2(groups))

@@ -20,10 +20,10 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from memladder.formats.base import Format
-from memladder.kernels.cuda.decode import affine, numbers, unpack_ptx, unpacked
+from memladder.kernels.cuda.decode import affine, numbers, stretch, unpack_ptx, unpacked
 from memladder.kernels.cuda.epilogue import activated, finished
 from memladder.kernels.cuda.part import Operand, Part
-from memladder.kernels.cuda.target import INTERPRETED, has_wgmma, overlap, wait
+from memladder.kernels.cuda.target import INTERPRETED, has_wgmma, overlap, prefetch, wait
 from memladder.kernels.cuda.tuning import choice
 
 WORKSPACE_BYTES = 8 << 20
@@ -31,7 +31,7 @@ WORKSPACE_BYTES = 8 << 20
 
 MOST_ROWS = 64
 
-# Of them, how many count programs: one int32 for every block of channels.
+# Of the workspace, how many count programs: one int32 for every block of channels.
 _COUNTERS = 4096
 _workspace: list[Tensor] = []
 
@@ -61,7 +61,8 @@ def _few(x, x_scales, residual, scratch, weight0, scales0, bias0, out0, N0,
          M, K, tiles, groups, per_split, COUNTERS: tl.constexpr, PARTS: tl.constexpr,
          GATED: tl.constexpr, BITS: tl.constexpr, PAIRS: tl.constexpr, LANES: tl.constexpr,
          INTERLEAVED: tl.constexpr, TILE_ROWS: tl.constexpr, NUMBERS: tl.constexpr,
-         STEP: tl.constexpr, OFFSET: tl.constexpr, PTX: tl.constexpr, GROUP: tl.constexpr,
+         STRETCH: tl.constexpr, STEP: tl.constexpr, OFFSET: tl.constexpr, PTX: tl.constexpr,
+         GROUP: tl.constexpr,
          INTEGER: tl.constexpr, ACTIVATION: tl.constexpr, BIAS: tl.constexpr,
          RESIDUAL: tl.constexpr, COPIED: tl.constexpr, FENCE: tl.constexpr, PDL: tl.constexpr,
          TOKENS: tl.constexpr, ROWS: tl.constexpr, SPLIT: tl.constexpr,
@@ -93,11 +94,11 @@ def _few(x, x_scales, residual, scratch, weight0, scales0, bias0, out0, N0,
         weights, scale_at = weight, w_scales
     own = tl.where(n < N, n, 0)
     scale_at = scale_at + own
-    at = (own // TILE_ROWS).to(tl.int64) * tiles * (TILE_ROWS * 16) + (own % TILE_ROWS) * 16
-    at = (weights + at)[:, None] + tl.arange(0, 16)[None, :]
     first = tl.program_id(1) * per_split
     last = tl.minimum(first + per_split, tiles)
-    at += first * (TILE_ROWS * 16)
+    at = (own // TILE_ROWS).to(tl.int64) * tiles * (TILE_ROWS * 16) + (own % TILE_ROWS) * 16
+    at = weights + (at + first * (TILE_ROWS * 16))
+    at = at[:, None] + tl.arange(0, 16)[None, :]
     m = tl.arange(0, TOKENS)
     k = tl.arange(0, CODES)
     own_m = tl.where(m < M, m, 0)
@@ -122,13 +123,9 @@ def _few(x, x_scales, residual, scratch, weight0, scales0, bias0, out0, N0,
             # Scales are too narrow for asynchronous copies: the next ones are loaded once these
             # are used, and later ones are brought near.
             following = _scales(scale_at, tile + 1, groups, N, CODES, GROUP, SHARES)
-            if FENCE:
-                for share in tl.static_range(SHARES):
-                    later = tl.minimum((tile + 6) * CODES // GROUP + share, groups - 1)
-                    later = (scale_at + later * N).to(tl.int64)
-                    tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l",
-                                              [later], dtype=tl.int32, is_pure=False,
-                                              pack=1)  # fmt: skip
+            for share in tl.static_range(SHARES):
+                later = tl.minimum((tile + 6) * CODES // GROUP + share, groups - 1)
+                prefetch(scale_at + later * N, PDL)
         if INTEGER:
             acc = tl.dot(values, tl.trans(tokens), acc, out_dtype=tl.int32)
         else:
@@ -154,6 +151,8 @@ def _few(x, x_scales, residual, scratch, weight0, scales0, bias0, out0, N0,
             bits = tl.load(parts + part * (ROWS * TOKENS), cache_modifier=".cg")
             acc += bits if INTEGER else bits.to(tl.float32, bitcast=True)
     result = tl.trans(acc).to(tl.float32)
+    if STRETCH != 1:
+        result /= STRETCH
     if GROUP == 0:
         result *= tl.load(scale_at).to(tl.float32)[None, :]
     if INTEGER:
@@ -228,7 +227,7 @@ def _run(
     ):
         return False
     tokens = max(16, triton.next_power_of_2(rows))
-    cut = choice("skinny", _shape(parts, pair, tokens), _cuts(own, pair))
+    cut = choice("skinny", _shape(parts, pair, tokens), _cuts(own, pair, parts))
     channels = cut.rows // 2 if pair else cut.rows
     counted = parts[:1] if pair else parts
     grid = sum(triton.cdiv(part.weight.rows, channels) for part in counted)
@@ -268,6 +267,7 @@ def _run(
         INTERLEAVED=layout.interleaved,
         TILE_ROWS=layout.tile_rows,
         NUMBERS=values,
+        STRETCH=stretch(str(own)),
         STEP=even[0] if even else 0.0,
         OFFSET=even[1] if even else 0.0,
         PTX="" if integer else unpack_ptx(str(own), layout.interleaved),
@@ -295,9 +295,14 @@ def _shape(parts: Sequence[Part], pair: bool, tokens: int) -> str:
     return f"{weight.format} {tokens} {'gated ' * pair}{rows}x{weight.columns}"
 
 
-def _cuts(own: Format, pair: bool) -> Sequence[Cut]:
+def _cuts(own: Format, pair: bool, parts: Sequence[Part]) -> Sequence[Cut]:
     if own.bits == 1:
         return [Cut(128, 1, 4, 5), Cut(64, 1, 4, 5)] if pair else [Cut(64, 320, 4, 5)]
+    cuts = [Cut(128, 384, 4, 4), Cut(128, 384, 4, 5)]
     if pair:
-        return [Cut(128, 1, 4, 5), Cut(128, 1, 4, 3, 128)]
-    return [Cut(128, 384, 4, 4), Cut(128, 512, 4, 3, 128)]
+        cuts = [Cut(128, 1, 4, 5), Cut(128, 1, 4, 4)]
+    # Where unpacking takes few registers three programs fit on a processor; not with a bias or with
+    # the addresses of several products.
+    if own.is_interleaved and (pair or (len(parts) == 1 and parts[0].bias is None)):
+        cuts = [Cut(128, 1 if pair else 512, 4, 3, 128), *cuts]
+    return cuts

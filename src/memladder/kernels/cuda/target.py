@@ -32,6 +32,15 @@ def overlap() -> dict[str, bool]:
 
 
 @triton.jit
+def prefetch(at, PDL: tl.constexpr):
+    """Bring what lies at these addresses near, as far as the second level cache."""
+    if PDL:
+        tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l",
+                                  [at.to(tl.int64)], dtype=tl.int32, is_pure=False,
+                                  pack=1)  # fmt: skip
+
+
+@triton.jit
 def wait(PDL: tl.constexpr):
     """Until what was launched before has finished and is seen; the next launch may be prepared."""
     if PDL:
