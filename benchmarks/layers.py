@@ -2,8 +2,8 @@
 
     python benchmarks/layers.py [--output FILE.md] [--models llama,bloom] [--peers llama,bloom]
 
-One run, one GPU, side by side, on random weights like those of `memladder.models.weights`. A case is
-timed only after its output has agreed with the naive kernels on the same quantised weights, from
+One run, one GPU, side by side, on random weights like those of `memladder.models.weights`. A case
+is timed only after its output has agreed with the naive kernels on the same quantised weights, from
 poisoned memory, twice bit by bit. Times are medians of the CUDA graph that `memladder` measures,
 launched again and again; two that are compared at 4096 tokens take turns, because a GPU that works
 without a pause becomes slower. Exit status 1 where a gate does not hold.

@@ -142,7 +142,8 @@ triton.knobs.runtime.kernel_load_end_hook.add(_allow_table)
 
 # What the numbers of a format are multiplied by. float16 does not hold those of nf4, and their
 # errors do not cancel: their mean, −1.1e-5, adds up along K where activations have a mean as well.
-# After a GELU, 57,344 of them, a product is 3.2e-3 off. Times this the mean is 1e-7, the error 1e-4.
+# After a GELU, 57,344 of them, a product is 3.2e-3 off. Times this the mean is 1e-7, the error
+# 1e-4.
 _STRETCH = {"nf4": 711 / 512}
 
 
