@@ -188,6 +188,7 @@ def verify(
         framework=name,
         device=device,
         checks=tuple(check for one in story.checked for check in one.checks),
+        structure=tuple(one.structure for one in story.checked if one.structure) or None,
         settings={**story.checked[-1].settings, **variables},
         environment=environment.describe(jobs[0].case, framework),
     )
