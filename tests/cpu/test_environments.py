@@ -37,7 +37,7 @@ def bare(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mon
 def test_a_worker_needs_nothing_but_the_standard_library(
     bare: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("MEMLADDER_PYTHON_KNOWN_BYTES", str(bare))
+    monkeypatch.setenv("MEMLADDER_PYTHON_KNOWN", str(bare))
     # A module in the working directory must not come first.
     (tmp_path / "json.py").write_text("raise SystemExit('the wrong json')")
     monkeypatch.chdir(tmp_path)

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from memladder import frameworks, serial
+from memladder import serial
 from memladder.errors import UsageError
 from memladder.files import writable_folder
 from memladder.models.cache import default_dir
@@ -85,10 +85,12 @@ def located(text: str) -> Path:
 
 
 def family(framework: str) -> str:
-    """The name of a framework's environment: that of its file, which variants share."""
-    if framework not in frameworks.names():
-        return framework
-    return frameworks.module(framework).rpartition(".")[2]
+    """The name of a framework's environment: its key's first word, so that variants share one.
+
+    >>> family("vllm_fp16_int4")
+    'vllm'
+    """
+    return framework.partition("_")[0]
 
 
 def variable(name: str) -> str:
