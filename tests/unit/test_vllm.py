@@ -11,7 +11,7 @@ import pytest
 from memladder import frameworks, models
 from memladder.case import FIGURE_SHAPES, Case, Shape
 from memladder.errors import UnavailableError
-from memladder.frameworks import vllm
+from memladder.frameworks import vllm, vllm_engine
 from memladder.frameworks.base import Job, packed_bytes
 from memladder.models import LayerConfig
 from memladder.units import KIB, MIB, mib
@@ -55,20 +55,20 @@ def test_a_shorter_last_group_has_a_scale_too() -> None:
     ],
 )
 def test_the_cache_holds_the_case_and_no_more(shape: Shape, blocks: int) -> None:
-    assert vllm.kv_blocks(shape) == blocks
+    assert vllm_engine.kv_blocks(shape) == blocks
 
 
 def test_the_cache_is_counted_in_bytes() -> None:
     shape = Shape(1, 4096)
     # 2 · 4096 tokens · 8 heads · 128 · 2 bytes are 16 MiB, BLOOM's 112 heads 224 MiB.
     for model, whole, block in (("llama", 16 * MIB, 64 * KIB), ("bloom", 224 * MIB, 896 * KIB)):
-        arguments = vllm.engine_arguments(models.layer_config(model), "fp16", shape)
+        arguments = vllm_engine.engine_arguments(models.layer_config(model), "fp16", shape)
         assert arguments["kv_cache_memory_bytes"] == whole + block
 
 
 @pytest.mark.parametrize("shape", FIGURE_SHAPES, ids=str)
 def test_one_step_takes_the_batch_and_a_long_prompt_comes_in_parts(shape: Shape) -> None:
-    arguments = vllm.engine_arguments(models.layer_config("llama"), "fp16", shape)
+    arguments = vllm_engine.engine_arguments(models.layer_config("llama"), "fp16", shape)
     assert arguments["max_num_batched_tokens"] == {1: 1, 32: 32, 4096: 512}[shape.tokens]
     assert arguments["max_num_seqs"] == shape.batch_size
     assert arguments["max_model_len"] == shape.seq_len + 1
@@ -76,8 +76,8 @@ def test_one_step_takes_the_batch_and_a_long_prompt_comes_in_parts(shape: Shape)
 
 def test_bloom_gets_a_backend_that_has_alibi() -> None:
     shape = Shape(1, 1)
-    bloom = vllm.engine_arguments(models.layer_config("bloom"), "fp16", shape)
-    llama = vllm.engine_arguments(models.layer_config("llama"), "fp16", shape)
+    bloom = vllm_engine.engine_arguments(models.layer_config("bloom"), "fp16", shape)
+    llama = vllm_engine.engine_arguments(models.layer_config("llama"), "fp16", shape)
     assert bloom["attention_config"] == {"backend": "TRITON_ATTN"}
     assert "attention_config" not in llama
 
@@ -104,13 +104,13 @@ def test_the_model_is_the_layer_alone(model: str, variant: str, tmp_path: Path) 
 
 
 def test_groups_are_as_long_as_all_rows_allow() -> None:
-    assert vllm.group_size(models.layer_config("llama")) == 128
-    assert vllm.group_size(models.layer_config("bloom")) == 128
+    assert vllm_engine.group_size(models.layer_config("llama")) == 128
+    assert vllm_engine.group_size(models.layer_config("bloom")) == 128
     # 704 is no multiple of 128.
-    assert vllm.group_size(models.narrow_config("llama")) == 64
+    assert vllm_engine.group_size(models.narrow_config("llama")) == 64
     odd = LayerConfig("llama", {**models.narrow_config("llama").values, "intermediate_size": 700})
     with pytest.raises(UnavailableError, match=r"multiples of 64, not of 700 elements"):
-        vllm.group_size(odd)
+        vllm_engine.group_size(odd)
 
 
 def test_where_it_can_run(monkeypatch: pytest.MonkeyPatch) -> None:

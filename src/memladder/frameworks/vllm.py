@@ -4,8 +4,6 @@ A variant's name reads activation, then weight: `vllm` alone is fp16, `vllm_fp16
 weights in groups with fp16 scales. Weights are dummies: no file is read, and nothing of the
 layer's memory depends on their values. The engine keeps a layer's output to itself, so what it
 holds is compared instead: weight bytes, layer count, shapes.
-
-Written against vLLM 0.22.1.
 """
 
 from __future__ import annotations
@@ -19,9 +17,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from memladder.case import FIGURE_SYSTEMS, Case, Shape
+from memladder.case import FIGURE_SYSTEMS, Case
 from memladder.errors import UnavailableError
 from memladder.files import write_atomic
+from memladder.frameworks import vllm_engine
 from memladder.frameworks.base import (
     Availability,
     Framework,
@@ -32,26 +31,14 @@ from memladder.frameworks.base import (
     packed_bytes,
 )
 from memladder.frameworks.torch_common import cuda_build, memory_errors
-from memladder.models import LayerConfig, tensor_shapes
 
 if TYPE_CHECKING:
     import numpy as np
     from torch import nn
 
 _INSTALL = "memladder env create vllm"
-# Embeddings are padded to a multiple of this many tokens: fewer would take no less memory.
-_VOCABULARY = 64
-# Tokens of a KV cache block, vLLM's default.
-_BLOCK_TOKENS = 16
-# A long prompt is worked off in parts: activations for so many tokens, and not for all of them.
-_CHUNK_TOKENS = 512
-_ARCHITECTURES = {"llama": "LlamaForCausalLM", "bloom": "BloomForCausalLM"}
-# FlashAttention 3, which vLLM chooses on Hopper, has no ALiBi, and FlashAttention 2 stops with
-# "FA2 does not support scheduler_metadata"; the Triton kernel adds ALiBi itself.
-_ATTENTION = {"llama": None, "bloom": "TRITON_ATTN"}
 # vLLM's fused matrices, and the model's that they are made of.
 _FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-_GROUP_SIZES = (128, 64)
 
 
 class Vllm(Framework):
@@ -103,14 +90,16 @@ class Vllm(Framework):
 
     def prepare(self, job: Job) -> None:
         """The folder with the `config.json` that the engine reads."""
-        text = json.dumps(model_config(job.config, self.weight, job.case.shape), indent=1)
+        text = json.dumps(
+            vllm_engine.model_config(job.config, self.weight, job.case.shape), indent=1
+        )
         write_atomic(_folder(job, self.weight) / "config.json", text + "\n")
 
     def weight_bytes(self, job: Job) -> int:
         """fp16, or 4 bits and an fp16 scale a group."""
         if self.weight == "fp16":
             return super().weight_bytes(job)
-        return packed_bytes(job.config, 4, group_size(job.config), 16)
+        return packed_bytes(job.config, 4, vllm_engine.group_size(job.config), 16)
 
     def tolerance(self, device: str) -> float:
         """Nothing is compared: the output can't be read."""
@@ -120,122 +109,6 @@ class Vllm(Framework):
     def session(self, job: Job, announce: Callable[[str], None]) -> Session:
         """Import vLLM."""
         return _Session(job, announce, self)
-
-
-def model_config(config: LayerConfig, weight: str, shape: Shape) -> dict[str, Any]:
-    """A `config.json` of a model with this layer alone, for sequences of the shape and one more.
-
-    With tied embeddings there is one table of `_VOCABULARY` rows, and no head.
-    """
-    values = dict(config.values)
-    found = {
-        **values,
-        "architectures": [_ARCHITECTURES[config.model]],
-        "num_hidden_layers" if config.model == "llama" else "n_layer": 1,
-        "vocab_size": _VOCABULARY,
-        "tie_word_embeddings": True,
-    }
-    if config.model == "llama":
-        positions = max(values["max_position_embeddings"], _model_length(shape))
-        found["max_position_embeddings"] = positions
-        found["rope_theta"] = values["rope_parameters"]["rope_theta"]
-    if weight == "int4":
-        found["quantization_config"] = _int4(group_size(config))
-    return found
-
-
-def group_size(config: LayerConfig) -> int:
-    """128 neighbours share a scale where that divides all rows, else 64.
-
-    Raises UnavailableError where neither does.
-    """
-    columns = {shape[1] for shape in tensor_shapes(config).values() if len(shape) == 2}
-    for size in _GROUP_SIZES:
-        if all(count % size == 0 for count in columns):
-            return size
-    raise UnavailableError(
-        f"vLLM's int4 kernels need rows that are multiples of {_GROUP_SIZES[-1]}, "
-        f"not of {min(count for count in columns if count % _GROUP_SIZES[-1])} elements"
-    )
-
-
-def _int4(size: int) -> dict[str, Any]:
-    """Weights of all linear modules in symmetric int4, in the form of compressed-tensors.
-
-    As `gptq`, the same would silently stay fp16: there vLLM reads from the checkpoint's tensors
-    which modules are quantised, and dummies have no checkpoint.
-    """
-    weights = {
-        "num_bits": 4,
-        "type": "int",
-        "symmetric": True,
-        "strategy": "group",
-        "group_size": size,
-        "dynamic": False,
-        "actorder": None,
-    }
-    group = {"targets": ["Linear"], "weights": weights, "input_activations": None}
-    return {
-        "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
-        "quantization_status": "compressed",
-        "config_groups": {"group_0": group},
-        "ignore": ["lm_head"],
-    }
-
-
-def engine_arguments(config: LayerConfig, weight: str, shape: Shape) -> dict[str, Any]:
-    """What `vllm.LLM` is told: low memory, and a KV cache of this case's tokens and no more.
-
-    With `kv_cache_memory_bytes` the engine sizes nothing by `gpu_memory_utilization`, and still
-    asks at its start that this share of the device is free: 1 % is the least that makes sense.
-    """
-    found: dict[str, Any] = {
-        "load_format": "dummy",
-        "dtype": "float16",
-        "model_impl": "vllm",
-        "skip_tokenizer_init": True,
-        "generation_config": "vllm",
-        "enforce_eager": True,
-        "enable_prefix_caching": False,
-        "async_scheduling": False,
-        "enable_flashinfer_autotune": False,
-        "block_size": _BLOCK_TOKENS,
-        "kv_cache_memory_bytes": kv_blocks(shape) * _block_bytes(config),
-        "gpu_memory_utilization": 0.01,
-        "max_model_len": _model_length(shape),
-        "max_num_seqs": shape.batch_size,
-        "max_num_batched_tokens": max(shape.batch_size, min(shape.tokens, _CHUNK_TOKENS)),
-        "enable_chunked_prefill": True,
-    }
-    if weight == "int4":
-        found["quantization"] = "compressed-tensors"
-    if _ATTENTION[config.model] is not None:
-        found["attention_config"] = {"backend": _ATTENTION[config.model]}
-    return found
-
-
-def kv_blocks(shape: Shape) -> int:
-    """Blocks for all tokens of the case, and the one that vLLM keeps for padding.
-
-    The engine also wants to be able to hold one sequence of `max_model_len`.
-    """
-    tokens = shape.batch_size * -(-shape.seq_len // _BLOCK_TOKENS)
-    return max(tokens + 1, -(-_model_length(shape) // _BLOCK_TOKENS))
-
-
-def _block_bytes(config: LayerConfig) -> int:
-    """Keys and values of a block's tokens in fp16."""
-    values = config.values
-    width: int = values["hidden_size"]
-    if config.model == "llama":
-        width = values["num_key_value_heads"] * values["head_dim"]
-    return 2 * _BLOCK_TOKENS * width * 2
-
-
-def _model_length(shape: Shape) -> int:
-    """The prompt and the one token that is generated."""
-    return shape.seq_len + 1
 
 
 def _folder(job: Job, weight: str) -> Path:
@@ -255,7 +128,7 @@ class _Session(Session):
 
         self._torch, self._vllm = torch, vllm
         self._variant = variant
-        self._arguments = engine_arguments(job.config, variant.weight, job.case.shape)
+        self._arguments = vllm_engine.engine_arguments(job.config, variant.weight, job.case.shape)
         if torch.distributed.is_initialized():
             # `verify` runs one engine after the other.
             parallel_state.cleanup_dist_env_and_memory()
@@ -274,7 +147,7 @@ class _Session(Session):
             folder = _folder(self.job, self._variant.weight)
             self._llm = self._vllm.LLM(model=str(folder), **self._arguments)
         found = self._llm.llm_engine.vllm_config.cache_config.num_gpu_blocks
-        wanted = kv_blocks(self.job.case.shape)
+        wanted = vllm_engine.kv_blocks(self.job.case.shape)
         if found != wanted:
             raise RuntimeError(f"the KV cache has {found} blocks where {wanted} were asked for")
 
@@ -283,7 +156,7 @@ class _Session(Session):
         gc.collect()
         self._torch.cuda.empty_cache()
         length = self.job.case.shape.seq_len
-        tokens = [number % _VOCABULARY for number in range(length)]
+        tokens = [number % vllm_engine.VOCABULARY for number in range(length)]
         self._prompts = [{"prompt_token_ids": tokens}] * self.job.case.shape.batch_size
         self._sampling = self._vllm.SamplingParams(
             max_tokens=1, temperature=0.0, ignore_eos=True, detokenize=False
@@ -314,9 +187,9 @@ class _Session(Session):
             for name, value in self._arguments.items()
         }
         weight = self._variant.weight
-        chosen: dict[str, Setting] = {"weight_format": weight, "vocabulary": _VOCABULARY}
+        chosen: dict[str, Setting] = {"weight_format": weight, "vocabulary": vllm_engine.VOCABULARY}
         if weight == "int4":
-            chosen["group_size"] = group_size(self.job.config)
+            chosen["group_size"] = vllm_engine.group_size(self.job.config)
         variables = self._variant.environment(self.job.case)
         return {**told, **chosen, **_kernels(self._layers()[0]), **variables}
 
