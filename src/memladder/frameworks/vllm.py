@@ -222,13 +222,15 @@ class _Session(Session):
 
 def _shapes(layer: nn.Module) -> dict[str, tuple[int, ...]]:
     """A layer's parameters by the model's own names; vLLM's fused matrices are taken apart."""
+    from vllm.model_executor.layers.attention import Attention
     from vllm.model_executor.layers.linear import LinearBase
 
     found: dict[str, tuple[int, ...]] = {}
     for name, module in layer.named_modules():
         if isinstance(module, LinearBase):
             found |= _linear(name, module)
-        else:
+        # Attention holds scalars for a quantised cache, which are not the layer's.
+        elif not isinstance(module, Attention):
             for leaf, parameter in module.named_parameters(recurse=False):
                 found[f"{name}.{leaf}"] = tuple(parameter.shape)
     return found
