@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from memladder.measure import environment
 _PACKAGES = re.compile(r"^# packages: (\d+)", re.MULTILINE)
 _FOUND = re.compile(r"Collecting (\S+)")
 _WIDTH = 60
+_TABLE_WIDTH = 120
 
 
 def create(framework: str, device: str, python: str | None) -> None:
@@ -62,7 +64,10 @@ def show() -> None:
             str(item.interpreter.python),
             _advice(item),
         )
-    Console(markup=False, highlight=False).print(table)
+    console = Console(markup=False, highlight=False)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = max(console.width, _TABLE_WIDTH)
+    console.print(table)
 
 
 def _advice(item: install.Listed) -> str:
