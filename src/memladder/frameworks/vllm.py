@@ -189,7 +189,11 @@ class _Session(Session):
             for name, value in self._arguments.items()
         }
         weight = self._variant.weight
-        chosen: dict[str, Setting] = {"weight_format": weight, "vocabulary": vllm_engine.VOCABULARY}
+        chosen: dict[str, Setting] = {
+            "weight_format": weight,
+            "empty_cache_after_start": True,
+            "vocabulary": vllm_engine.VOCABULARY,
+        }
         if weight == "int4":
             chosen["group_size"] = vllm_engine.group_size(self.job.config)
         variables = self._variant.environment(self.job.case)
