@@ -117,9 +117,10 @@ def _progress(name: str, wanted: Path) -> Iterator[Callable[[str], None]]:
     with Progress(
         *columns, console=console, transient=True, disable=not console.is_terminal
     ) as bar:
-        task = bar.add_task("", total=int(found[1]) if found else None)
+        task = bar.add_task("an empty environment", total=int(found[1]) if found else None)
 
         def on_line(line: str) -> None:
-            bar.update(task, description=line[:_WIDTH], advance=bool(_FOUND.match(line)))
+            if not line.startswith("WARNING"):
+                bar.update(task, description=line[:_WIDTH], advance=bool(_FOUND.match(line)))
 
         yield on_line
