@@ -28,7 +28,11 @@ def main(arguments: list[str]) -> int:
     try:
         framework = frameworks.load(module, key)
     except ModuleNotFoundError as error:
-        answer = {"available": False, "reason": f"{error.name} not installed"}
+        answer = {
+            "available": False,
+            "reason": f"{error.name} not installed",
+            "install": f"pip install {error.name}, in the environment that {key} runs in",
+        }
         packages = {}
     else:
         found = framework.availability(device)
