@@ -35,6 +35,7 @@ from memladder.units import format_bytes, mib
 if TYPE_CHECKING:
     from memladder.engine.packing import MatrixReport, Progress
 
+_WIDTH = 120
 # Ended as the protocol foresees; anything else is a failure of the run.
 _GOOD = (Status.MEASURED, Status.OOM)
 
@@ -82,8 +83,14 @@ class Request:
 
 
 def _console(stderr: bool = False) -> Console:
-    """A console that prints text as it is: `memladder[pytorch]` is no markup."""
-    return Console(stderr=stderr, markup=False, highlight=False)
+    """A console that prints text as it is: `memladder[pytorch]` is no markup.
+
+    Where nobody's terminal sets the width, tables have room for their numbers.
+    """
+    found = Console(stderr=stderr, markup=False, highlight=False)
+    if not found.is_terminal and "COLUMNS" not in os.environ:
+        found.width = max(found.width, _WIDTH)
+    return found
 
 
 def draw_published(output_dir: Path) -> None:
@@ -277,6 +284,7 @@ def verify(request: Request) -> int:
     table = Table(
         *("framework", "model", "shape", "tokens", "error", "tolerance", "agrees", "SQNR, dB")
     )
+    structure = Table("framework", "model", "shape", "agrees", "held, as the output can't be read")
     agree = True
     with kept.locked():
         for name in runnable:
@@ -302,7 +310,13 @@ def verify(request: Request) -> int:
                     "yes" if check.agrees else "NO",
                     "" if check.sqnr_db is None else f"{check.sqnr_db:.1f}",
                 )
-    _console().print(table)
+            for held in verification.structure or ():
+                agrees = "yes" if held.agrees else "NO"
+                structure.add_row(name, held.model, str(held.shape), agrees, held.explain())
+    for one in (table, structure):
+        one.columns[0].no_wrap = True
+        if one.row_count:
+            _console().print(one)
     return 0 if agree else 1
 
 
@@ -352,7 +366,10 @@ def _tell_cut(key: str, cut: str, shipped_s: float, best_s: float) -> None:
 def show_frameworks(device: str) -> None:
     """Print what can run on the device here, and what is missing for the rest."""
     resolved = environment.resolve_device(device)
-    table = Table("key", "system", f"on {resolved}", "version", "why not", "to get it")
+    table = Table()
+    table.add_column("key", no_wrap=True)
+    for column in ("system", f"on {resolved}", "version", "why not", "to get it"):
+        table.add_column(column, overflow="fold")
     for name in sweep_cases.known_frameworks():
         found = sweep_cases.availability(name, resolved)
         table.add_row(

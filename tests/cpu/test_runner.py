@@ -22,7 +22,16 @@ from memladder.errors import UnavailableError, UsageError, WorkerError
 from memladder.frameworks.base import Framework, Job
 from memladder.measure import runner
 from memladder.measure.calibration import calibrate
-from memladder.measure.record import PHASES, Record, Source, Status, dumps, loads_record
+from memladder.measure.record import (
+    PHASES,
+    Record,
+    Source,
+    Status,
+    Verification,
+    dumps,
+    loads_record,
+    loads_verification,
+)
 from memladder.models import LayerConfig
 from memladder.units import MIB
 from tests.unit.examples import ENVIRONMENT
@@ -129,7 +138,7 @@ def test_a_measured_case_has_all_phases_in_order_and_a_number(measure: Measure) 
     assert run.steady_bytes >= 100 * MIB
     assert run.source is Source.PSS
     assert record.settings["marker"] == record.settings["SCRIPTED_MARKER"] == "set"
-    assert run.categories == {"weights": 12}
+    assert run.categories == {"weights": 2 * models.parameters(models.narrow_config("llama"))}
     assert run.passes == record.settings["runs"] - 1
     assert record.layer is not None
     assert record.layer.weight_bytes == 2 * models.parameters(models.narrow_config("llama"))
@@ -345,6 +354,68 @@ def test_nothing_outlives_the_runner(
     finally:
         driver.kill()
         driver.wait()
+
+
+def test_weights_in_another_format_than_the_name_says_are_a_failure(
+    framework: Framework, tmp_path: Path
+) -> None:
+    pytest.importorskip("transformers")
+    import misset
+
+    record = runner.measure(
+        Job(
+            Case("llama", "misset", Shape(1, 1), "cpu"),
+            models.narrow_config("llama"),
+            tmp_path / "cache",
+        ),
+        misset.FRAMEWORK,
+        repeats=1,
+        limits=LIMITS,
+        log_path=tmp_path / "case.log",
+        module="misset",
+        steady_s=STEADY_S,
+    )
+    assert (record.status, record.runs) == (Status.FAILED, ())
+    # 256 · (256 + 128 + 128 + 256) + 3 · 256 · 704 elements and two norms of 256: 737,792.
+    assert record.reason == (
+        "the weights take 1.4 MiB where those of Ladder-W_INT4 A_FP16 take 0.4 MiB: they are in "
+        "another format (in phase steady)"
+    )
+
+
+def test_what_can_not_be_read_is_checked_by_what_it_holds(
+    framework: Framework, tmp_path: Path
+) -> None:
+    import opaque
+
+    def verified(model: str) -> Verification:
+        return runner.verify(
+            "opaque",
+            opaque.FRAMEWORK,
+            "cpu",
+            cache_dir=tmp_path / "cache",
+            limits=LIMITS,
+            log_path=tmp_path / "verify.log",
+            model_names=[model],
+            shapes=[Shape(1, 1)],
+            module="opaque",
+        )
+
+    right, wrong = verified("llama"), verified("bloom")
+    assert right.agrees
+    assert not wrong.agrees
+    assert loads_verification(dumps(wrong)) == wrong
+    assert (right.checks, wrong.checks) == ((), ())
+    assert right.structure is not None
+    assert wrong.structure is not None
+    (held,) = right.structure
+    assert held.weight_bytes == held.expected_bytes == 2 * 737_792
+    assert wrong.structure[0].layers == 2
+    assert wrong.structure[0].differing == (
+        "mlp.dense_h_to_4h.weight",
+        "self_attention.dense.bias",
+    )
+    assert wrong.models == {"bloom"}
 
 
 def test_verify_names_the_log_of_a_crash(framework: Framework, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
+from memladder import models
 from memladder.case import Case
 from memladder.errors import UnavailableError
 from memladder.frameworks.base import (
@@ -157,7 +158,7 @@ class ScriptedSession(Session):
         return {"runs": self._runs, "marker": os.environ.get("SCRIPTED_MARKER", "")}
 
     def categories(self) -> Mapping[str, int]:
-        return {"weights": 12}
+        return {"weights": 2 * models.parameters(self.job.config)}
 
 
 def act(job: Job, place: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from memladder.case import Case
-from memladder.models import LayerConfig
+from memladder.models import LayerConfig, parameters, tensor_shapes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,6 +36,35 @@ class Job:
     config: LayerConfig
     cache_dir: Path
     seed: int = 0
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What a session holds, where its output can't be read: decoder layers, and the parameters of
+    one by the names and shapes that `models.tensor_shapes` gives them."""
+
+    layers: int
+    shapes: Mapping[str, tuple[int, ...]]
+
+
+def packed_bytes(
+    config: LayerConfig, bits: int, group_size: int | None = None, group_bits: int = 0
+) -> int:
+    """Bytes of a layer whose matrices are quantised along their columns, and nothing else is.
+
+    Each element takes `bits`; each `group_size` neighbours of a row (None: the whole row; a last,
+    shorter group counts) share `group_bits` of scales and zero points. Norms and biases keep two
+    bytes each.
+    """
+    total = 0
+    for shape in tensor_shapes(config).values():
+        if len(shape) == 1:
+            total += 16 * shape[0]
+            continue
+        rows, columns = shape
+        groups = rows * -(-columns // (group_size or columns))
+        total += bits * math.prod(shape) + group_bits * groups
+    return total // 8
 
 
 class OutOfMemoryError(Exception):
@@ -75,7 +105,14 @@ class Session(ABC):
 
     @abstractmethod
     def output(self) -> np.ndarray:
-        """The last pass's output as float32 [batch_size, seq_len, hidden_size], on the host."""
+        """The last pass's output as float32 [batch_size, seq_len, hidden_size], on the host.
+
+        Not asked for where `structure` answers.
+        """
+
+    def structure(self) -> Structure | None:
+        """What is held, where the output can't be read; None where it can, which says more."""
+        return None
 
     @abstractmethod
     def settings(self) -> Mapping[str, Setting]:
@@ -83,7 +120,11 @@ class Session(ABC):
 
     @abstractmethod
     def categories(self) -> Mapping[str, int]:
-        """Bytes that only the framework can know: weights, allocator statistics, arenas."""
+        """Bytes that only the framework can know: `weights`, allocator statistics, arenas.
+
+        `weights`, the layer's parameters as they are held, is compared with what they take in the
+        row's format (`Framework.weight_bytes`); what is held beside the layer has other names.
+        """
 
 
 class Framework(ABC):
@@ -116,6 +157,14 @@ class Framework(ABC):
         float32 [batch_size, seq_len, hidden_size], and what was lost is told apart from that.
         """
         return None
+
+    def weight_bytes(self, job: Job) -> int:
+        """Bytes of the layer's parameters in this row's number format, in closed form.
+
+        A session that holds other bytes ignored its format, and its row is a failure. Runs in the
+        worker. By default two bytes a parameter; `packed_bytes` counts quantised matrices.
+        """
+        return 2 * parameters(job.config)
 
     @abstractmethod
     def tolerance(self, device: str) -> float:

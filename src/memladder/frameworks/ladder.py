@@ -96,6 +96,12 @@ class Ladder(Framework):
         """The same for all shapes."""
         return f"{job.config.digest} {self.weight}"
 
+    def weight_bytes(self, job: Job) -> int:
+        """All tensors of the packed layer."""
+        from memladder.engine import packed_layer
+
+        return packed_layer.weight_bytes(job.config, formats.get(self.weight))
+
     def reference(self, job: Job) -> np.ndarray:
         """The layer in fp32 on the dequantised weights, activations rounded alike."""
         from memladder.engine import packed_layer, packing, reference

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 _DISTRIBUTIONS = ("onnxruntime-gpu", "onnxruntime")
+_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _EXPORTERS = ("torch", "transformers", "onnx", "onnxscript")
 
 # CUDA: the arena grows by what is asked for and not by powers of two; the weights go past it, and
@@ -78,6 +79,14 @@ class OnnxRuntime(Framework):
         """Weights, and the graph of the case's shape."""
         onnx_export.ensure(job.config, job.cache_dir, job.case.shape, job.seed)
 
+    def weight_bytes(self, job: Job) -> int:
+        """Two bytes a parameter; four where the provider has no float16 Gemm, norms excepted."""
+        held = weights.weight_bytes(job.config)
+        if not _widens(_PROVIDERS[job.case.device.partition(":")[0]]):
+            return held
+        places = weights.entries(job.config, job.seed)
+        return held + sum(place.length for name, place in places.items() if "norm" not in name)
+
     def tolerance(self, device: str) -> float:
         """Four unit roundoffs of float16 (2^-11): three roundings in a row, sums in float32."""
         del device
@@ -96,11 +105,10 @@ class _Session(Session):
         self._ort = onnxruntime
         self._device, _, index = job.case.device.partition(":")
         self._index = int(index or 0)
-        self._provider = "CPUExecutionProvider"
+        self._provider = _PROVIDERS[self._device]
         self._provider_options: dict[str, str] = {}
         self._entries = _CPU_ENTRIES
         if self._device == "cuda":
-            self._provider = "CUDAExecutionProvider"
             self._provider_options = {"device_id": str(self._index), **_CUDA_OPTIONS}
             self._entries = _CUDA_ENTRIES
 
@@ -148,7 +156,7 @@ class _Session(Session):
 
     def settings(self) -> Mapping[str, Setting]:
         """Providers, session and provider options, and what the matrices are kept as."""
-        matrices = "float32" if self._widens() else "float16"
+        matrices = "float32" if _widens(self._provider) else "float16"
         return {
             "provider": self._provider,
             "onnx_opset": onnx_export.OPSET,
@@ -163,11 +171,9 @@ class _Session(Session):
         }
 
     def categories(self) -> Mapping[str, int]:
-        """Bytes of the parameters as the session holds them; norms stay as they are."""
-        places = weights.entries(self.job.config, self.job.seed)
-        linear = sum(place.length for name, place in places.items() if "norm" not in name)
-        held = weights.weight_bytes(self.job.config)
-        return {"weights": held + linear if self._widens() else held}
+        """Bytes of the parameters, by the dtypes that the provider's kernels take: a session has
+        no way to tell what it holds."""
+        return {"weights": FRAMEWORK.weight_bytes(self.job)}
 
     def _session_options(self) -> Any:
         options = self._ort.SessionOptions()
@@ -192,18 +198,19 @@ class _Session(Session):
         if strays:
             raise RuntimeError(f"not on {self._provider}: {', '.join(sorted(strays))}")
 
-    def _widens(self) -> bool:
-        """Whether the provider has no float16 Gemm: the CPU's then keeps float32 matrices."""
-        if self._device != "cpu":
-            return False
-        from onnxruntime.capi import onnxruntime_pybind11_state
 
-        return not any(
-            kernel.op_name == "Gemm"
-            and kernel.provider == self._provider
-            and "tensor(float16)" in kernel.type_constraints.get("T", ())
-            for kernel in onnxruntime_pybind11_state.get_all_opkernel_def()
-        )
+def _widens(provider: str) -> bool:
+    """Whether the provider has no float16 Gemm: the CPU's then keeps float32 matrices."""
+    if provider != _PROVIDERS["cpu"]:
+        return False
+    from onnxruntime.capi import onnxruntime_pybind11_state
+
+    return not any(
+        kernel.op_name == "Gemm"
+        and kernel.provider == provider
+        and "tensor(float16)" in kernel.type_constraints.get("T", ())
+        for kernel in onnxruntime_pybind11_state.get_all_opkernel_def()
+    )
 
 
 @contextmanager

@@ -10,15 +10,15 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
 
 from memladder import serial
 from memladder.case import Case
 from memladder.errors import MemladderError
 from memladder.frameworks.base import Job, Setting
-from memladder.measure.record import Check
+from memladder.measure.record import Check, StructureCheck
 from memladder.models import LayerConfig
+from memladder.serial import StrEnum
 
 GO_ON = b"go on\n"
 AGAIN = b"again\n"
@@ -90,10 +90,12 @@ class Finished:
 
 @dataclass(frozen=True)
 class Checked:
-    """One narrow layer is compared with the reference: as a whole, and its leading tokens."""
+    """One narrow layer is compared with the reference: as a whole, and its leading tokens; or,
+    where its output can't be read, what is held with what should be."""
 
     checks: tuple[Check, ...]
     settings: Mapping[str, Setting]
+    structure: StructureCheck | None = None
 
 
 class Kind(StrEnum):

@@ -10,12 +10,12 @@ import math
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from enum import StrEnum
 from typing import Any, TypeVar
 
 from memladder import serial
 from memladder.case import Case, Shape
 from memladder.errors import MemladderError, RecordError
+from memladder.serial import StrEnum
 
 SCHEMA = 1
 T = TypeVar("T")
@@ -61,7 +61,11 @@ class Machine:
 
 @dataclass(frozen=True)
 class Environment:
-    """The machine and the software of one record."""
+    """The machine and the software of one record.
+
+    `python` and `packages` are the worker's. `interpreter` says whose they are: None for
+    memladder's own, else `environments.Interpreter.label`.
+    """
 
     machine: Machine
     python: str
@@ -69,6 +73,12 @@ class Environment:
     variables: Mapping[str, str]
     commit: str | None
     memladder: str
+    interpreter: str | None = None
+
+    @property
+    def python_label(self) -> str:
+        """The worker's Python in words: its version, and whose it is where it is not our own."""
+        return f"{self.python} ({self.interpreter})" if self.interpreter else self.python
 
     def same_as(self, other: Environment) -> bool:
         """Would the two give comparable numbers? The commit alone does not decide that."""
@@ -238,20 +248,72 @@ class Check:
 
 
 @dataclass(frozen=True)
+class StructureCheck:
+    """What a framework holds, where its output can't be read, against the layer that it should run.
+
+    `weight_bytes` are held, `expected_bytes` the format's closed form; `differing` names parameters
+    that are missing, are of another shape, or are not the layer's.
+    """
+
+    model: str
+    shape: Shape
+    layers: int
+    weight_bytes: int
+    expected_bytes: int
+    differing: tuple[str, ...]
+
+    @property
+    def agrees(self) -> bool:
+        """One layer, all of its parameters, in the row's format."""
+        fits = weights_fit(self.weight_bytes, self.expected_bytes)
+        return self.layers == 1 and not self.differing and fits
+
+    def explain(self) -> str:
+        """What was compared, in words."""
+        layers = "1 layer" if self.layers == 1 else f"{self.layers} layers"
+        shapes = f"differing: {', '.join(self.differing)}" if self.differing else "all shapes right"
+        return (
+            f"{layers}, {shapes}, {self.weight_bytes} bytes of weights where "
+            f"{self.expected_bytes} are expected"
+        )
+
+
+def weights_fit(held: int, expected: int) -> bool:
+    """Are the bytes of the weights those of their format, padding aside?
+
+    One matrix in fp16 where 8 bits were asked for would add 1 % at least: the smallest of the
+    figure's layers, LLaMA's k, has 1 % of the parameters.
+    """
+    return abs(held - expected) <= expected // 200
+
+
+@dataclass(frozen=True)
 class Verification:
-    """Whether a framework computes the layers' function, in one environment."""
+    """Whether a framework computes the layers' function, in one environment.
+
+    `structure` has the checks of a framework whose outputs can't be read.
+    """
 
     framework: str
     device: str
     checks: tuple[Check, ...]
     settings: Mapping[str, str | int | float | bool]
     environment: Environment
+    structure: tuple[StructureCheck, ...] | None = None
     schema: int = SCHEMA
 
     @property
+    def models(self) -> frozenset[str]:
+        """The models whose layers were checked."""
+        return frozenset(check.model for check in self._all())
+
+    @property
     def agrees(self) -> bool:
-        """All checks agree, and there was at least one for every model."""
-        return bool(self.checks) and all(check.agrees for check in self.checks)
+        """All checks agree, and there was at least one."""
+        return bool(self._all()) and all(check.agrees for check in self._all())
+
+    def _all(self) -> tuple[Check | StructureCheck, ...]:
+        return (*self.checks, *(self.structure or ()))
 
 
 def dumps(record: Record | Verification) -> str:

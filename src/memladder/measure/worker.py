@@ -13,10 +13,11 @@ import os
 import sys
 import time
 import traceback
+from collections.abc import Mapping
 
 from memladder import frameworks
 from memladder.errors import MemladderError, UnavailableError
-from memladder.frameworks.base import Framework, Job, OutOfMemoryError, Session
+from memladder.frameworks.base import Framework, Job, OutOfMemoryError, Session, Structure
 from memladder.measure.protocol import (
     AGAIN,
     GO_ON,
@@ -33,7 +34,9 @@ from memladder.measure.protocol import (
     encode,
     one_line,
 )
-from memladder.measure.record import PHASES, Check
+from memladder.measure.record import PHASES, Check, StructureCheck, weights_fit
+from memladder.models import tensor_shapes
+from memladder.units import format_bytes
 
 # A pass that takes so long is not repeated: the first run is the steady phase (`Story.spans`).
 _LONG_PASS_S = 15.0
@@ -54,6 +57,10 @@ def main(arguments: list[str]) -> int:
         channel.send(failure(error))
         return 1
     return 0
+
+
+class WrongFormatError(Exception):
+    """The weights are not held in the format that the row's name says."""
 
 
 class Channel:
@@ -119,7 +126,8 @@ def _prepare(order: Order, _: Channel) -> None:
 def _measure(order: Order, channel: Channel) -> None:
     phases = _Phases(channel)
     phases.start(PHASES[0])
-    session = _framework(order).session(order.jobs[0].job(), phases.announced)
+    framework, job = _framework(order), order.jobs[0].job()
+    session = framework.session(job, phases.announced)
     _bring_up(session, phases)
     passes = 1
     if phases.lasted_s() < _LONG_PASS_S:
@@ -130,7 +138,20 @@ def _measure(order: Order, channel: Channel) -> None:
     else:
         channel.hold()
     end = time.monotonic_ns()
-    channel.send(Finished(end, passes, dict(session.settings()), dict(session.categories())))
+    categories = dict(session.categories())
+    _held_weights(framework, job, categories)
+    channel.send(Finished(end, passes, dict(session.settings()), categories))
+
+
+def _held_weights(framework: Framework, job: Job, categories: Mapping[str, int]) -> tuple[int, int]:
+    """Bytes of the weights as held, and in the row's format; raises where these disagree."""
+    held, expected = categories["weights"], framework.weight_bytes(job)
+    if not weights_fit(held, expected):
+        raise WrongFormatError(
+            f"the weights take {format_bytes(held)} where those of {framework.title} take "
+            f"{format_bytes(expected)}: they are in another format"
+        )
+    return held, expected
 
 
 def _loop(session: Session, channel: Channel, phases: _Phases, steady_s: float) -> int:
@@ -163,13 +184,25 @@ def _verify(order: Order, channel: Channel) -> None:
 
 def _checked(framework: Framework, job: Job) -> Checked:
     """Run one narrow layer and compare it with the fp32 reference on the same weights."""
-    from memladder.models import reference, weights
-
     framework.prepare(job)
-    path = weights.ensure(job.config, job.cache_dir, job.seed)
-    true = reference.output(job.config, path, job.case.shape, job.seed)
-    own = framework.reference(job)
-    expected = true if own is None else own
+    session = _ran(framework, job)
+    held, expected_bytes = _held_weights(framework, job, session.categories())
+    structure = session.structure()
+    if structure is None:
+        return _compared(framework, job, session)
+    found = StructureCheck(
+        job.case.model,
+        job.case.shape,
+        structure.layers,
+        held,
+        expected_bytes,
+        _differing(structure, job),
+    )
+    return Checked((), dict(session.settings()), found)
+
+
+def _ran(framework: Framework, job: Job) -> Session:
+    """A session after its first pass."""
     announced: list[str] = []
     session = framework.session(job, announced.append)
     session.context()
@@ -177,6 +210,24 @@ def _checked(framework: Framework, job: Job) -> Checked:
     session.compile()
     if not announced:
         session.run()
+    return session
+
+
+def _differing(structure: Structure, job: Job) -> tuple[str, ...]:
+    """Parameters that are held and not the layer's, or the other way, or of another shape."""
+    wanted = {(name, *shape) for name, shape in tensor_shapes(job.config).items()}
+    held = {(name, *shape) for name, shape in structure.shapes.items()}
+    return tuple(sorted({str(name) for name, *_ in wanted ^ held}))
+
+
+def _compared(framework: Framework, job: Job, session: Session) -> Checked:
+    """The session's output held against the reference's."""
+    from memladder.models import reference, weights
+
+    path = weights.ensure(job.config, job.cache_dir, job.seed)
+    true = reference.output(job.config, path, job.case.shape, job.seed)
+    own = framework.reference(job)
+    expected = true if own is None else own
     output = session.output()
     if output.shape != expected.shape:
         raise ValueError(f"output has shape {output.shape}, the reference {expected.shape}")
@@ -208,6 +259,8 @@ def failure(error: BaseException) -> Failure:
         return Failure(Kind.OOM, message, error.asked_bytes, None)
     if isinstance(error, MemoryError):
         return Failure(Kind.OOM, message, None, None)
+    if isinstance(error, WrongFormatError):
+        return Failure(Kind.FAILED, one_line(str(error)), None, None)
     if isinstance(error, UnavailableError):
         return Failure(Kind.UNAVAILABLE, one_line(str(error)), None, error.hint)
     if isinstance(error, MemladderError):
@@ -216,4 +269,7 @@ def failure(error: BaseException) -> Failure:
 
 
 if __name__ == "__main__":
+    if not getattr(sys.flags, "safe_path", False):
+        # Python 3.10 knows no PYTHONSAFEPATH and has put the working directory first.
+        sys.path.pop(0)
     sys.exit(main(sys.argv[1:]))

@@ -136,7 +136,7 @@ def _problem(record: Record, verifications: Sequence[Verification]) -> str | Non
         for item in verifications
         if (item.framework, item.device) == (case.framework, case.device)
         and item.environment.same_as(record.environment)
-        and any(check.model == case.model for check in item.checks)
+        and case.model in item.models
     ]
     if not found:
         return UNVERIFIED

@@ -181,7 +181,7 @@ def _environment(records: Sequence[Record]) -> str:
         "CUDA": machine.cuda,
         "Processor": f"{machine.cpu}, {machine.cores} cores, {format_bytes(machine.memory_bytes)}",
         "System": f"{machine.os}, {machine.kernel}",
-        "Python": ", ".join(sorted({environment.python for environment in environments})),
+        "Python": ", ".join(sorted({environment.python_label for environment in environments})),
         "memladder": ", ".join(sorted({environment.memladder for environment in environments})),
         "Packages": ", ".join(
             f"{name} {' and '.join(sorted(versions))}"
@@ -210,7 +210,7 @@ def _unavailable(records: Iterable[Record]) -> str:
     return _markdown(("framework", "why", "to get it"), found)
 
 
-def _verification(verifications: Iterable[Verification]) -> str:
+def _verification(verifications: Sequence[Verification]) -> str:
     lines = [
         (
             item.framework,
@@ -220,14 +220,15 @@ def _verification(verifications: Iterable[Verification]) -> str:
             str(check.tokens),
             f"{check.error:.2e}",
             f"{check.tolerance:.2e}",
-            "yes" if check.agrees else "NO",
+            _yes(check.agrees),
             None if check.sqnr_db is None else f"{check.sqnr_db:.1f}",
         )
         for item in verifications
         for check in item.checks
     ]
+    structure = _structure(verifications)
     if not lines:
-        return "No framework's output was compared with the reference."
+        return structure or "No framework's output was compared with the reference."
     columns = (
         *("framework", "device", "model", "shape", "tokens"),
         *("error", "tolerance", "agrees", "sqnr_db"),
@@ -237,7 +238,25 @@ def _verification(verifications: Iterable[Verification]) -> str:
         "weights are quantised, the reference has the same quantised weights, and sqnr\\_db is the "
         "output's ratio of signal to quantisation noise against the true layer."
     )
-    return f"{_markdown(columns, lines, ('tokens', 'error', 'tolerance', 'sqnr_db'))}\n{note}"
+    compared = f"{_markdown(columns, lines, ('tokens', 'error', 'tolerance', 'sqnr_db'))}\n{note}"
+    return f"{compared}\n\n{structure}" if structure else compared
+
+
+def _structure(verifications: Iterable[Verification]) -> str:
+    """The checks of frameworks whose output can't be read; empty where there are none."""
+    lines = [
+        (item.framework, check.model, str(check.shape), _yes(check.agrees), check.explain())
+        for item in verifications
+        for check in item.structure or ()
+    ]
+    if not lines:
+        return ""
+    note = "These frameworks keep a layer's output to themselves: what they hold is compared."
+    return f"{_markdown(('framework', 'model', 'shape', 'agrees', 'held'), lines)}\n{note}"
+
+
+def _yes(holds: bool) -> str:
+    return "yes" if holds else "NO"
 
 
 def _settings(records: Iterable[Record]) -> str:
