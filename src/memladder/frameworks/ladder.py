@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from memladder import formats
 from memladder.case import FIGURE_SYSTEMS, Case
 from memladder.frameworks.base import Availability, Framework, Job, Session, Setting
-from memladder.frameworks.torch_common import cuda_build, memory_errors
+from memladder.frameworks.torch_common import compute_capability, cuda_build, memory_errors
 from memladder.models.weights import fill_hidden_states
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ class Ladder(Framework):
         return Availability(reason is None, version, reason)
 
     def _too_old(self, device: str) -> str | None:
-        found = _capability(device)
+        found = compute_capability(device)
         least = _LEAST_FP8 if "fp8" in self.weight else _LEAST
         if found is None or found >= least:
             return None
@@ -250,19 +250,6 @@ def _installed(name: str) -> bool:
     except ModuleNotFoundError:
         # The package around it is missing.
         return False
-
-
-def _capability(device: str) -> tuple[int, int] | None:
-    """Compute capability of `cuda:N`; None where the driver does not tell."""
-    import pynvml
-
-    try:
-        pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByIndex(int(device.partition(":")[2] or 0))
-        major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
-    except pynvml.NVMLError:
-        return None
-    return int(major), int(minor)
 
 
 def _variants() -> dict[str, Ladder]:
