@@ -158,6 +158,9 @@ class Framework(ABC):
     """Label in tables and figures."""
     packages: tuple[str, ...]
     """Distributions whose versions belong into the record."""
+    rounds_as_layer: bool = True
+    """Whether scores are rounded as the layer itself rounds them: to its dtype, which shows where
+    BLOOM's positions are large (`models.reference.rounding`)."""
 
     @abstractmethod
     def availability(self, device: str) -> Availability:

@@ -46,6 +46,7 @@ class Ladder(Framework):
     """The engine with one format for activations and one for weights."""
 
     packages = ("torch", "triton", "transformers", "safetensors")
+    rounds_as_layer = False
 
     def __init__(self, activation: str, weight: str) -> None:
         self.activation = activation

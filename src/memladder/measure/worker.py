@@ -250,12 +250,12 @@ def _compared(framework: Framework, job: Job, session: Session) -> Checked:
 
     whole = check(job.case.shape.seq_len, bound)
     dtype = settings.get("dtype")
-    if not whole.agrees and own is None and isinstance(dtype, str):
+    if not whole.agrees and framework.rounds_as_layer and isinstance(dtype, str):
         # The layer itself may be no closer to float32 in this dtype: `reference.rounding` says why.
         least = reference.rounding(job.config, path, job.case.shape, job.seed, dtype, true)
         whole = check(job.case.shape.seq_len, max(bound, _OWN_ROUNDINGS * least))
-    # With a reference of its own, the whole output had to meet the plain bound.
-    if own is not None or job.case.shape.seq_len <= _HEAD_TOKENS:
+    # Else the whole output had to meet the plain bound.
+    if not framework.rounds_as_layer or job.case.shape.seq_len <= _HEAD_TOKENS:
         return Checked((whole,), settings)
     return Checked((whole, check(_HEAD_TOKENS, bound)), settings)
 
