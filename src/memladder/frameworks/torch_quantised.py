@@ -90,7 +90,7 @@ class Quantised(PyTorch):
         dtype, _ = self.dtype(device)
         cpu = torch.device("cpu")
         true = layer.load(job.config, path, job.case.shape, torch.float32, cpu)
-        for name, linear in _linears(true.block):
+        for name, linear in linears(true.block):
             kept = torch.nn.Linear(linear.in_features, linear.out_features, bias=False)
             kept.weight = torch.nn.Parameter(linear.weight.to(device, dtype), requires_grad=False)
             matrix = self.dequantised(self.quantise(kept, job.config))
@@ -127,7 +127,7 @@ class _Session(InductorSession):
         for name, buffer in list(made.named_buffers(recurse=False)):
             made.register_buffer(name, buffer.to(self._device), persistent=False)
         self._modules: dict[str, nn.Module] = {}
-        linears = dict(_linears(made.block))
+        waiting = dict(linears(made.block))
         for module in dict.fromkeys(name.rpartition(".")[0] for name in tensor_shapes(config)):
             with safe_open(path, framework="pt", device="cpu") as file:
                 for name in tensor_shapes(config):
@@ -135,8 +135,8 @@ class _Session(InductorSession):
                         tensor = file.get_tensor(name).to(device=self._device, dtype=self._dtype)
                         layer.put(made, name, tensor)
             del tensor
-            if module in linears:
-                quantised = framework.quantise(linears.pop(module), config)
+            if module in waiting:
+                quantised = framework.quantise(waiting.pop(module), config)
                 made.block.set_submodule(module, quantised)
                 self._modules[module] = quantised
             gc.collect()
@@ -166,7 +166,8 @@ def group_size(config: LayerConfig) -> int:
     return next(size for size in _GROUP_SIZES if not any(width % size for width in columns))
 
 
-def _linears(block: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+def linears(block: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    """Names and linear layers of a block, which may be replaced meanwhile."""
     import torch
 
     for name, module in list(block.named_modules()):
