@@ -1,6 +1,7 @@
 # make setup      a virtual environment in .venv with what this machine can use
 # make reproduce  the published figure at once, then measure this machine and draw what it measured
 # make test       the tests that need no GPU        make test-gpu  those that need one
+# make test-slow  environments made from the package registry: minutes, gigabytes
 # make check      formatting, lint, types, import order
 PYTHON ?= python3
 VENV := .venv
@@ -9,7 +10,7 @@ BIN := $(VENV)/bin
 EXTRA := $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: setup reproduce test test-gpu check format clean
+.PHONY: setup reproduce test test-slow test-gpu check format clean
 
 setup: $(VENV)/.$(EXTRA)
 
@@ -20,6 +21,9 @@ reproduce: $(VENV)/.base
 
 test: setup $(VENV)/.dev
 	$(BIN)/python -m pytest
+
+test-slow: setup $(VENV)/.dev
+	$(BIN)/python -m pytest -m slow tests
 
 test-gpu: setup $(VENV)/.dev
 	$(BIN)/python -m pytest tests/gpu

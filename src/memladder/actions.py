@@ -285,6 +285,7 @@ def verify(request: Request) -> int:
     table = Table(
         *("framework", "model", "shape", "tokens", "error", "tolerance", "agrees", "SQNR, dB")
     )
+    structure = Table("framework", "model", "shape", "agrees", "held, as the output can't be read")
     agree = True
     with kept.locked():
         for name in runnable:
@@ -310,7 +311,13 @@ def verify(request: Request) -> int:
                     "yes" if check.agrees else "NO",
                     "" if check.sqnr_db is None else f"{check.sqnr_db:.1f}",
                 )
-    _console().print(table)
+            for held in verification.structure or ():
+                agrees = "yes" if held.agrees else "NO"
+                structure.add_row(name, held.model, str(held.shape), agrees, held.explain())
+    for one in (table, structure):
+        one.columns[0].no_wrap = True
+        if one.row_count:
+            _console().print(one)
     return 0 if agree else 1
 
 
@@ -360,7 +367,10 @@ def _tell_cut(key: str, cut: str, shipped_s: float, best_s: float) -> None:
 def show_frameworks(device: str) -> None:
     """Print what can run on the device here, and what is missing for the rest."""
     resolved = environment.resolve_device(device)
-    table = Table("key", "system", f"on {resolved}", "version", "why not", "to get it")
+    table = Table()
+    table.add_column("key", no_wrap=True)
+    for column in ("system", f"on {resolved}", "version", "why not", "to get it"):
+        table.add_column(column, overflow="fold")
     for name in sweep_cases.known_frameworks():
         found = sweep_cases.availability(name, resolved)
         table.add_row(

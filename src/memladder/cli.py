@@ -33,6 +33,12 @@ app = _app("How much memory an LLM layer needs under an inference framework, mea
 _run_all_app = _app("Draw Figure 11 from the published data, or measure it here and draw that.")
 _measure_app = _app("Measure the memory of one decoder layer under one framework, at one shape.")
 
+_env_app = _app("Environments of frameworks' own: made, pointed to, listed, removed.")
+app.add_typer(_env_app, name="env")
+
+EnvironmentOf = Annotated[
+    str, typer.Argument(metavar="FRAMEWORK", help="A framework's key; its variants share one.")
+]
 Model = Annotated[str, typer.Option("--model", help="llama or bloom.")]
 Framework = Annotated[
     str, typer.Option("--framework", help="A framework's key; `memladder frameworks` lists them.")
@@ -320,6 +326,49 @@ def calibrate(device: Device = "auto", output_dir: OutputDir = _HERE) -> None:
     from memladder import actions
 
     raise typer.Exit(actions.calibrate(device, output_dir))
+
+
+@_env_app.command("create")
+def _env_create(
+    framework: EnvironmentOf,
+    device: Device = "auto",
+    python: Annotated[
+        str | None, typer.Option(metavar="PATH", help="The Python to make it of; default: ours.")
+    ] = None,
+) -> None:
+    """Make an environment from a framework's pinned requirements, under the cache folder."""
+    from memladder import env_actions
+
+    env_actions.create(framework, device, python)
+
+
+@_env_app.command("use")
+def _env_use(
+    framework: EnvironmentOf,
+    python: Annotated[
+        str, typer.Option(metavar="PATH", help="An interpreter that has the framework.")
+    ],
+) -> None:
+    """Let a framework's workers start with an interpreter that is there already."""
+    from memladder import env_actions
+
+    env_actions.use(framework, python)
+
+
+@_env_app.command("list")
+def _env_list() -> None:
+    """Whose Python each framework runs in."""
+    from memladder import env_actions
+
+    env_actions.show()
+
+
+@_env_app.command("remove")
+def _env_remove(framework: EnvironmentOf) -> None:
+    """Delete a made environment; only forget one that was pointed to."""
+    from memladder import env_actions
+
+    env_actions.remove(framework)
 
 
 def _version(wanted: bool) -> None:

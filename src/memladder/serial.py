@@ -7,11 +7,24 @@ JSON is read by nothing but this, so that a foreign or damaged file can never be
 from __future__ import annotations
 
 import dataclasses
+import sys
 import types
 from collections.abc import Mapping
-from enum import StrEnum
 from functools import cache
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+if sys.version_info >= (3, 11):
+    from enum import StrEnum
+else:
+    from enum import Enum
+
+    class StrEnum(str, Enum):
+        """What `enum` has since Python 3.11; workers also run on 3.10."""
+
+        __str__ = str.__str__
+
+
+__all__ = ["StrEnum", "from_json", "to_json"]
 
 T = TypeVar("T")
 

@@ -4,6 +4,7 @@ from subprocess import run
 import pytest
 
 from memladder.case import Case, Shape
+from memladder.environments.probe import package_versions
 from memladder.measure import environment
 
 CASE = Case("llama", "pytorch", Shape(1, 1), "cpu")
@@ -54,7 +55,7 @@ def test_module_loading_is_told_as_it_takes_effect() -> None:
 
 
 def test_versions_are_those_installed() -> None:
-    found = environment.package_versions(("pytest", "no-such-distribution"))
+    found = package_versions(("pytest", "no-such-distribution"))
     assert found == {"pytest": pytest.__version__}
 
 

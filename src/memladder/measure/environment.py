@@ -3,16 +3,17 @@ hosts or users, and no framework is imported to learn it."""
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 import re
 import subprocess
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
 from memladder import __version__
 from memladder.case import Case
+from memladder.environments import ask, interpreter
 from memladder.errors import DeviceError
 from memladder.frameworks.base import Framework
 from memladder.measure import devices
@@ -39,13 +40,18 @@ def describe(case: Case, framework: Framework | None) -> Environment:
     """The environment in which `case` runs here. Raises DeviceError where its device is missing."""
     runners = RUNNER_VARIABLES if case.device != "cpu" else {}
     own = framework.environment(case) if framework else {}
+    python = platform.python_version()
+    packages: Mapping[str, str] = {}
+    if framework is not None:
+        python, packages = ask.versions(case.framework, framework, case.device)
     return Environment(
         machine=machine(case.device),
-        python=platform.python_version(),
-        packages=package_versions(framework.packages if framework else ()),
+        python=python,
+        packages=packages,
         variables=variables({**os.environ, **runners, **own}, case.device),
         commit=commit(),
         memladder=__version__,
+        interpreter=interpreter.chosen(case.framework).label,
     )
 
 
@@ -86,17 +92,6 @@ def machine(device: str) -> Machine:
         os=_os_name(),
         kernel=platform.release(),
     )
-
-
-def package_versions(names: tuple[str, ...]) -> dict[str, str]:
-    """Installed versions of the distributions among `names`; missing ones are left out."""
-    found = {}
-    for name in names:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def variables(environ: dict[str, str], device: str) -> dict[str, str]:

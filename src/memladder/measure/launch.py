@@ -13,17 +13,20 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from memladder.environments import interpreter
 from memladder.errors import WorkerError
 from memladder.measure.protocol import MAX_LINE, Order, encode
 
 # The guard kills at once; a process stuck in a driver call may take its time to die.
 _END_S = 40.0
+_PYTHON = {"PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"}
 
 
 class GuardedWorker:
     """A worker process. When the `with` block is left, nothing that it started is alive.
 
-    `variables` are added to this process's environment; `log` takes the worker's output.
+    It starts with the interpreter of its framework. `variables` are added to this process's
+    environment; `log` takes the worker's output.
     """
 
     def __init__(self, order: Order, variables: Mapping[str, str], log: Path) -> None:
@@ -31,17 +34,18 @@ class GuardedWorker:
         self._events, events = os.pipe()
         control, self._control = os.pipe()
         self._closing = threading.Lock()
+        python = interpreter.chosen(order.jobs[0].case.framework)
         self._buffer = b""
         self.output_ended = False
         try:
             with log.open("ab") as output:
                 self._guard = subprocess.Popen(
-                    _command(control, events),
+                    _command(python.python, control, events),
                     stdin=leash,
                     stdout=output,
                     stderr=output,
                     pass_fds=(control, events),
-                    env={**os.environ, **variables, "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"},
+                    env={**python.environ(), **variables, **_PYTHON},
                     start_new_session=True,
                 )
             for descriptor in (leash, events, control):
@@ -117,10 +121,10 @@ class GuardedWorker:
                 return
 
 
-def _command(control: int, events: int) -> list[str]:
-    python = sys.executable
-    guard = [python, "-m", "memladder.measure.guard", str(os.getpid()), str(control)]
-    worker = [python, "-X", "faulthandler", "-m", "memladder.measure.worker", str(events)]
+def _command(python: Path, control: int, events: int) -> list[str]:
+    """The guard runs in our interpreter, the worker in its framework's."""
+    guard = [sys.executable, "-m", "memladder.measure.guard", str(os.getpid()), str(control)]
+    worker = [str(python), "-X", "faulthandler", "-m", "memladder.measure.worker", str(events)]
     return guard + worker
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
 
 from memladder import serial
@@ -19,6 +18,7 @@ from memladder.errors import MemladderError
 from memladder.frameworks.base import Job, Plan, Setting
 from memladder.measure.record import Check, StructureCheck
 from memladder.models import LayerConfig
+from memladder.serial import StrEnum
 
 GO_ON = b"go on\n"
 AGAIN = b"again\n"

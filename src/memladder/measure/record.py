@@ -10,13 +10,13 @@ import math
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from enum import StrEnum
 from typing import Any, TypeVar
 
 from memladder import serial
 from memladder.case import Case, Shape
 from memladder.errors import MemladderError, RecordError
 from memladder.frameworks.base import Plan
+from memladder.serial import StrEnum
 
 SCHEMA = 1
 T = TypeVar("T")
@@ -62,7 +62,11 @@ class Machine:
 
 @dataclass(frozen=True)
 class Environment:
-    """The machine and the software of one record."""
+    """The machine and the software of one record.
+
+    `python` and `packages` are the worker's. `interpreter` says whose they are: None for
+    memladder's own, else `environments.Interpreter.label`.
+    """
 
     machine: Machine
     python: str
@@ -70,6 +74,7 @@ class Environment:
     variables: Mapping[str, str]
     commit: str | None
     memladder: str
+    interpreter: str | None = None
 
     def same_as(self, other: Environment) -> bool:
         """Would the two give comparable numbers? The commit alone does not decide that."""
@@ -267,6 +272,15 @@ class StructureCheck:
         fits = weights_fit(self.weight_bytes, self.expected_bytes)
         return self.layers == 1 and not self.differing and fits
 
+    def explain(self) -> str:
+        """What was compared, in words."""
+        layers = "1 layer" if self.layers == 1 else f"{self.layers} layers"
+        shapes = f"differing: {', '.join(self.differing)}" if self.differing else "all shapes right"
+        return (
+            f"{layers}, {shapes}, {self.weight_bytes} bytes of weights where "
+            f"{self.expected_bytes} are expected"
+        )
+
 
 def weights_fit(held: int, expected: int) -> bool:
     """Are the bytes of the weights those of their format, padding aside?
@@ -295,13 +309,15 @@ class Verification:
     @property
     def models(self) -> frozenset[str]:
         """The models whose layers were checked."""
-        return frozenset(check.model for check in (*self.checks, *(self.structure or ())))
+        return frozenset(check.model for check in self._all())
 
     @property
     def agrees(self) -> bool:
         """All checks agree, and there was at least one."""
-        found = (*self.checks, *(self.structure or ()))
-        return bool(found) and all(check.agrees for check in found)
+        return bool(self._all()) and all(check.agrees for check in self._all())
+
+    def _all(self) -> tuple[Check | StructureCheck, ...]:
+        return (*self.checks, *(self.structure or ()))
 
 
 def dumps(record: Record | Verification) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from memladder import frameworks, models
 from memladder.case import FIGURE_SHAPES, Case, Shape
+from memladder.environments import ask
 from memladder.errors import RecordError, UnavailableError, UsageError, WorkerError
 from memladder.frameworks.base import Availability, Framework, Job, Setting
 from memladder.measure import devices, environment
@@ -94,7 +95,7 @@ def measure(
     if repeats < 1:
         raise UsageError(f"repeats {repeats} is less than 1")
     case = job.case
-    found = framework.availability(case.device)
+    found = ask.availability(case.framework, framework, case.device)
     if not found.available:
         return unavailable(case, found, framework)
     device = devices.device(case.device)
@@ -187,7 +188,7 @@ def verify(
 
     Raises UnavailableError where the framework can't run, WorkerError where it breaks down.
     """
-    found = framework.availability(device)
+    found = ask.availability(name, framework, device)
     if not found.available:
         raise UnavailableError(found.reason or f"{name} can't run on {device}", found.install)
     jobs = [

@@ -277,4 +277,7 @@ def failure(error: BaseException) -> Failure:
 
 
 if __name__ == "__main__":
+    if not getattr(sys.flags, "safe_path", False):
+        # Python 3.10 knows no PYTHONSAFEPATH and has put the working directory first.
+        sys.path.pop(0)
     sys.exit(main(sys.argv[1:]))

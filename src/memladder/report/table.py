@@ -242,14 +242,15 @@ def _verification(verifications: Iterable[Verification]) -> str:
             str(check.tokens),
             f"{check.error:.2e}",
             f"{check.tolerance:.2e}",
-            "yes" if check.agrees else "NO",
+            _yes(check.agrees),
             None if check.sqnr_db is None else f"{check.sqnr_db:.1f}",
         )
         for item in verifications
         for check in item.checks
     ]
+    structure = _structure(verifications)
     if not lines:
-        return "No framework's output was compared with the reference."
+        return structure or "No framework's output was compared with the reference."
     columns = (
         *("framework", "device", "model", "shape", "tokens"),
         *("error", "tolerance", "agrees", "sqnr_db"),
@@ -259,7 +260,25 @@ def _verification(verifications: Iterable[Verification]) -> str:
         "weights are quantised, the reference has the same quantised weights, and sqnr\\_db is the "
         "output's ratio of signal to quantisation noise against the true layer."
     )
-    return f"{_markdown(columns, lines, ('tokens', 'error', 'tolerance', 'sqnr_db'))}\n{note}"
+    compared = f"{_markdown(columns, lines, ('tokens', 'error', 'tolerance', 'sqnr_db'))}\n{note}"
+    return f"{compared}\n\n{structure}" if structure else compared
+
+
+def _structure(verifications: Iterable[Verification]) -> str:
+    """The checks of frameworks whose output can't be read; empty where there are none."""
+    lines = [
+        (item.framework, check.model, str(check.shape), _yes(check.agrees), check.explain())
+        for item in verifications
+        for check in item.structure or ()
+    ]
+    if not lines:
+        return ""
+    note = "These frameworks keep a layer's output to themselves: what they hold is compared."
+    return f"{_markdown(('framework', 'model', 'shape', 'agrees', 'held'), lines)}\n{note}"
+
+
+def _yes(holds: bool) -> str:
+    return "yes" if holds else "NO"
 
 
 def _settings(records: Iterable[Record]) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from memladder import __version__, frameworks, models
 from memladder.case import FIGURE_MODELS, FIGURE_SHAPES, FIGURE_SYSTEMS, Case, Shape
+from memladder.environments import ask
 from memladder.errors import UsageError
 from memladder.frameworks.base import Availability
 
@@ -23,7 +24,7 @@ def title(framework: str) -> str:
 def availability(framework: str, device: str) -> Availability:
     """Whether a known framework can run on `device` here. Raises UsageError for an unknown one."""
     if framework in frameworks.names():
-        return frameworks.get(framework).availability(device)
+        return ask.availability(framework, frameworks.get(framework), device)
     if framework in FIGURE_SYSTEMS:
         return Availability(False, reason=f"memladder {__version__} has no runner for it")
     raise UsageError(f"unknown framework {framework!r}; known: {', '.join(known_frameworks())}")

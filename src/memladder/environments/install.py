@@ -1,0 +1,234 @@
+"""Making environments from pinned requirements, pointing to those that are there, removing them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import filelock
+
+from memladder import frameworks, serial
+from memladder.environments import interpreter
+from memladder.environments.ask import Answer, ask
+from memladder.environments.interpreter import Given, Interpreter, Made
+from memladder.errors import LockedError, UsageError
+from memladder.files import writable_folder, write_atomic
+
+_REQUIREMENTS = Path(frameworks.__file__).with_name("requirements")
+_INSTALLED = (
+    "import importlib.metadata as m, json; "
+    "print(json.dumps({d.metadata['Name']: d.version for d in m.distributions()}))"
+)
+_ERROR = re.compile(r"^\s*(ERROR|error|×)\W+(.*)")
+
+OnLine = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Listed:
+    """One framework's environment as `memladder env list` shows it."""
+
+    name: str
+    interpreter: Interpreter
+    is_current: bool
+    can_be_made: bool
+
+
+def requirements(name: str, device: str) -> Path:
+    """The pinned requirements of an environment on a device; CUDA's own where these differ.
+
+    Raises UsageError where memladder ships none.
+    """
+    kind, _, _ = device.partition(":")
+    for path in (_REQUIREMENTS / f"{name}-{kind}.txt", _REQUIREMENTS / f"{name}.txt"):
+        if path.is_file():
+            return path
+    raise UsageError(f"there are no pinned requirements for {name}; known: {', '.join(names())}")
+
+
+def names() -> tuple[str, ...]:
+    """The environments that can be made, sorted."""
+    found = {path.stem.partition("-")[0] for path in _REQUIREMENTS.glob("*.txt")}
+    return tuple(sorted(found))
+
+
+def digest(path: Path) -> str:
+    """8 hexadecimal digits of what a requirements file pins; comments do not count."""
+    lines = (line.partition("#")[0].strip() for line in path.read_text().splitlines())
+    return hashlib.sha256("\n".join(filter(None, lines)).encode()).hexdigest()[:8]
+
+
+def create(name: str, device: str, base: Path | None, on_line: OnLine) -> Path:
+    """Make an environment; its interpreter. `base` is the Python to make it of, by default ours.
+
+    `on_line` gets what the installer says. It is there as a whole or, whatever happens, not at
+    all. Raises UsageError where it is there already or can't be made, LockedError where another
+    process makes it.
+    """
+    wanted = requirements(name, device)
+    folder = interpreter.root() / name
+    with _locked(name):
+        if interpreter.made(name) is not None:
+            raise UsageError(
+                f"the environment {name} is there already; "
+                f"to make it anew: memladder env remove {name}"
+            )
+        # What a creation left that was killed.
+        _delete(folder)
+        try:
+            _install(folder, base or Path(sys.executable), wanted, on_line)
+            python = interpreter.python_of(name)
+            packages = json.loads(_run([str(python), "-c", _INSTALLED], lambda _: None)[-1])
+            made = Made(digest(wanted), dict(sorted(packages.items())))
+            text = json.dumps(serial.to_json(made), indent=1)
+            write_atomic(folder / interpreter.MADE_FILE, text + "\n")
+        except BaseException:
+            _delete(folder)
+            raise
+    return python
+
+
+def use(name: str, text: str) -> Interpreter:
+    """Let the workers of `name` start with an interpreter that is there. Raises UsageError."""
+    python = interpreter.located(text)
+    if not (python.is_file() and os.access(python, os.X_OK)):
+        raise UsageError(f"{python} is not an interpreter")
+    found = Interpreter(python, "given")
+    answer = ask(found, _keys(name)[0], "cpu")
+    if answer.python == "unknown":
+        raise UsageError(answer.availability.reason or f"{python} can't run workers")
+    text = json.dumps(serial.to_json(Given(str(python))), indent=1)
+    write_atomic(interpreter.given_file(name), text + "\n")
+    return found
+
+
+def answer(name: str, device: str) -> Answer:
+    """What the environment's interpreter says of its framework on a device."""
+    key = _keys(name)[0]
+    return ask(interpreter.chosen(key), key, device)
+
+
+def remove(name: str) -> list[str]:
+    """Forget a given interpreter and delete a made environment; what was done, in words.
+
+    Raises UsageError where there is neither.
+    """
+    done = []
+    with _locked(name):
+        given = interpreter.given(name)
+        if given is not None:
+            interpreter.given_file(name).unlink()
+            done.append(f"{name} no longer uses {given}; nothing was deleted there")
+        folder = interpreter.root() / name
+        if folder.is_dir():
+            _delete(folder)
+            done.append(f"deleted {folder}")
+    if not done:
+        raise UsageError(f"{name} has no environment of its own")
+    return done
+
+
+def listed() -> tuple[Listed, ...]:
+    """All environments: those that are used, and those that could be made."""
+    known = {interpreter.family(key) for key in frameworks.names()} | set(names())
+    return tuple(_listed(name) for name in sorted(known))
+
+
+def _listed(name: str) -> Listed:
+    found = interpreter.chosen(_keys(name)[0])
+    shipped = {digest(path) for path in _REQUIREMENTS.glob(f"{name}*.txt")}
+    made = found.label is not None and found.label.startswith("made")
+    current = not made or (found.label or "").rpartition(" ")[2] in shipped
+    return Listed(name, found, current, name in names())
+
+
+def _keys(name: str) -> list[str]:
+    """The frameworks that share an environment."""
+    return [key for key in frameworks.names() if interpreter.family(key) == name] or [name]
+
+
+@contextmanager
+def _locked(name: str) -> Iterator[None]:
+    lock = filelock.FileLock(writable_folder(interpreter.root()) / f".{name}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise LockedError(f"another memladder works on the environment {name}") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _install(folder: Path, base: Path, wanted: Path, on_line: OnLine) -> None:
+    uv = shutil.which("uv")
+    python = str(folder / "bin" / "python")
+    if uv is not None:
+        _run([uv, "venv", "--python", str(base), str(folder)], on_line)
+        _run([uv, "pip", "install", "--python", python, "-r", str(wanted)], on_line)
+    else:
+        _run([str(base), "-m", "venv", str(folder)], on_line)
+        quiet = ["--disable-pip-version-check", "--progress-bar", "off", "--no-input"]
+        _run([python, "-m", "pip", "install", *quiet, "-r", str(wanted)], on_line)
+
+
+def _run(command: list[str], on_line: OnLine) -> list[str]:
+    """Run an installer to its end; its lines. Raises UsageError with the reason that it gave."""
+    lines: list[str] = []
+    try:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            env=Interpreter(Path(command[0]), "made").environ(),
+            start_new_session=True,
+        )
+    except OSError as error:
+        raise UsageError(f"{command[0]} can't be started: {error.strerror or error}") from None
+    with process:
+        try:
+            assert process.stdout is not None
+            for line in process.stdout:
+                if line.strip():
+                    lines.append(line.rstrip())
+                    on_line(lines[-1].strip())
+            status = process.wait()
+        except BaseException:
+            # The installer and what it has started: they have a process group of their own.
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+    if status != 0:
+        tool = command[2] if command[1] == "-m" else Path(command[0]).name
+        raise UsageError(f"{tool} exits with status {status}: {_reason(lines)}")
+    return lines
+
+
+def _reason(lines: list[str]) -> str:
+    """The first line that calls itself an error, else the last."""
+    found = [match[2] for line in lines if (match := _ERROR.match(line))]
+    return (found or lines[-1:] or ["it says nothing"])[0].strip()[:300]
+
+
+def _delete(folder: Path) -> None:
+    """Delete a made environment, or what is left of one; its mark goes first."""
+    if folder.is_symlink():
+        raise UsageError(f"{folder} is a link; memladder made no such thing")
+    try:
+        (folder / interpreter.MADE_FILE).unlink(missing_ok=True)
+        if folder.is_dir():
+            shutil.rmtree(folder)
+    except OSError as error:
+        raise UsageError(f"cannot delete {folder}: {error.strerror or error}") from None

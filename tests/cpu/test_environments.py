@@ -1,0 +1,102 @@
+"""Workers in interpreters that have nothing, or only what a framework's requirements pin."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from memladder import frameworks
+from memladder.case import Shape
+from memladder.environments import ask, install, interpreter
+from memladder.measure import runner
+from memladder.measure.calibration import calibrate
+from memladder.units import MIB
+
+
+def pythons() -> list[str]:
+    """This Python, and the oldest that workers support, where it is installed."""
+    oldest = shutil.which("python3.10")
+    if oldest and subprocess.run([oldest, "-c", ""], capture_output=True).returncode == 0:
+        return [sys.executable, oldest]
+    return [sys.executable]
+
+
+@pytest.fixture(params=pythons(), ids=lambda path: Path(path).name)
+def bare(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An interpreter that has nothing but the standard library."""
+    monkeypatch.setenv("MEMLADDER_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "bare"
+    subprocess.run([request.param, "-m", "venv", "--without-pip", str(folder)], check=True)
+    return folder / "bin" / "python"
+
+
+def test_a_worker_needs_nothing_but_the_standard_library(
+    bare: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MEMLADDER_PYTHON_KNOWN", str(bare))
+    # A module in the working directory must not come first.
+    (tmp_path / "json.py").write_text("raise SystemExit('the wrong json')")
+    monkeypatch.chdir(tmp_path)
+    (reading,) = calibrate("cpu", tmp_path / "calibration.log", [64 * MIB])
+    assert reading.holds
+    # The worker was that interpreter: memladder came to it through the link.
+    assert (tmp_path / "cache" / "source").is_dir()
+
+
+def test_our_packages_do_not_reach_another_interpreter(bare: Path) -> None:
+    code = (
+        "import memladder.measure.worker, importlib.util as u;"
+        "print([name for name in ('numpy', 'typer', 'psutil', 'pytest') if u.find_spec(name)])"
+    )
+    own = interpreter.Interpreter(bare, "given").environ()
+    done = subprocess.run([str(bare), "-c", code], env=own, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_an_environment_is_asked_for_what_it_has(
+    bare: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    framework = frameworks.get("onnxruntime")
+    assert ask.availability("onnxruntime", framework, "cpu").available
+    monkeypatch.setenv("MEMLADDER_PYTHON_ONNXRUNTIME", str(bare))
+    found = ask.availability("onnxruntime", framework, "cpu")
+    assert not found.available
+    assert found.reason == "numpy not installed"
+    python, packages = ask.versions("onnxruntime", framework, "cpu")
+    assert packages == {}
+    version = subprocess.run([str(bare), "--version"], capture_output=True, text=True).stdout
+    assert f"Python {python}" == version.strip()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("name", ["onnxruntime", "bitsandbytes"])
+def test_an_environment_is_made_from_the_registry(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MEMLADDER_CACHE", str(tmp_path / "cache"))
+    install.create(name, "cpu", None, lambda _: None)
+    made = interpreter.made(name)
+    assert made is not None
+    pins = install.requirements(name, "cpu").read_text().splitlines()
+    for pin in (line for line in pins if "==" in line):
+        package, _, version = pin.partition("==")
+        assert made.packages[package].partition("+")[0] == version
+    for key in frameworks.names():
+        if interpreter.family(key) == name:
+            verification = runner.verify(
+                key,
+                frameworks.get(key),
+                "cpu",
+                cache_dir=tmp_path / "cache",
+                limits=runner.Limits(timeout_s=600.0),
+                log_path=tmp_path / "verify.log",
+                shapes=[Shape(2, 3)],
+            )
+            assert verification.agrees
+            assert verification.environment.interpreter == f"made from {made.requirements}"
+    install.remove(name)

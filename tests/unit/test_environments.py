@@ -1,0 +1,186 @@
+"""Whose Python runs a framework: chosen, given, made, removed; the installer is a script."""
+
+from __future__ import annotations
+
+import json
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from memladder import frameworks
+from memladder.environments import ask, install, interpreter
+from memladder.errors import LockedError, UsageError
+
+FAILS = """#!/bin/sh
+if [ "$1" = venv ]; then mkdir -p "$4/bin"; echo half > "$4/half"; exit 0; fi
+echo "  × No solution found: there is no onnxruntime==1.32.0"; exit 1
+"""
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache folder of the test's own."""
+    monkeypatch.setenv("MEMLADDER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("MEMLADDER_PYTHON_ONNXRUNTIME", raising=False)
+    ask.ask.cache_clear()
+    return tmp_path / "cache"
+
+
+def script(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return path
+
+
+def works(root: Path) -> str:
+    """A `uv` that makes an environment of the Python that runs this test."""
+    make = f'exec "{sys.executable}" -m venv --without-pip "$4"'
+    return f'#!/bin/sh\nif [ "$1" = venv ]; then {make}; fi\necho "$@" > "{root}/asked"\n'
+
+
+def test_without_anything_memladder_runs_it_itself() -> None:
+    assert interpreter.chosen("pytorch") == interpreter.OWN
+    assert interpreter.OWN.python == Path(sys.executable)
+
+
+def test_variants_share_an_environment() -> None:
+    assert {interpreter.family(key) for key in frameworks.names() if "ladder" in key} == {"ladder"}
+
+
+def test_the_variable_comes_before_what_was_given_and_that_before_what_was_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(script(tmp_path / "bin" / "uv", works(tmp_path)).parent), ":")
+    made = install.create("onnxruntime", "cpu", None, lambda _: None)
+    digest = install.digest(install.requirements("onnxruntime", "cpu"))
+    assert interpreter.chosen("onnxruntime") == interpreter.Interpreter(made, f"made from {digest}")
+    asked = (tmp_path / "asked").read_text().split()
+    assert asked == ["pip", "install", "--python", str(made), "-r", asked[-1]]
+    assert "onnxruntime==" in Path(asked[-1]).read_text()
+
+    install.use("onnxruntime", sys.executable)
+    given = interpreter.Interpreter(Path(sys.executable), "given")
+    assert interpreter.chosen("onnxruntime") == given
+    monkeypatch.setenv("MEMLADDER_PYTHON_ONNXRUNTIME", str(made))
+    assert interpreter.chosen("onnxruntime") == interpreter.Interpreter(made, "given")
+
+
+def test_what_is_there_is_not_made_twice_and_can_be_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(script(tmp_path / "bin" / "uv", works(tmp_path)).parent), ":")
+    made = install.create("onnxruntime", "cpu", None, lambda _: None)
+    with pytest.raises(UsageError, match="is there already; to make it anew: memladder env remove"):
+        install.create("onnxruntime", "cpu", None, lambda _: None)
+    install.use("onnxruntime", sys.executable)
+    assert len(install.remove("onnxruntime")) == 2
+    assert not made.exists()
+    assert Path(sys.executable).exists()
+    assert interpreter.chosen("onnxruntime") == interpreter.OWN
+    with pytest.raises(UsageError, match="onnxruntime has no environment of its own"):
+        install.remove("onnxruntime")
+
+
+def test_a_failed_creation_leaves_nothing(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = script(tmp_path / "bin" / "uv", FAILS).parent
+    monkeypatch.setenv("PATH", f"{path}:/usr/bin:/bin")
+    reason = "uv exits with status 1: No solution found: there is no onnxruntime==1.32.0"
+    with pytest.raises(UsageError, match=reason):
+        install.create("onnxruntime", "cpu", None, lambda _: None)
+    assert not (cache / "environments" / "onnxruntime").exists()
+    assert interpreter.chosen("onnxruntime") == interpreter.OWN
+
+
+def test_an_interrupted_creation_leaves_nothing_and_nobody(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits = FAILS.replace("exit 1", "sleep 600")
+    monkeypatch.setenv("PATH", f"{script(tmp_path / 'bin' / 'uv', waits).parent}:/usr/bin:/bin")
+
+    def interrupt(line: str) -> None:
+        assert (cache / "environments" / "onnxruntime" / "half").exists()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        install.create("onnxruntime", "cpu", None, interrupt)
+    assert not (cache / "environments" / "onnxruntime").exists()
+
+
+def test_what_a_killed_creation_left_is_no_environment(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (cache / "environments" / "onnxruntime" / "bin").mkdir(parents=True)
+    assert interpreter.chosen("onnxruntime") == interpreter.OWN
+    monkeypatch.setenv("PATH", str(script(tmp_path / "bin" / "uv", works(tmp_path)).parent), ":")
+    assert install.create("onnxruntime", "cpu", None, lambda _: None).exists()
+
+
+def test_two_can_not_make_the_same(cache: Path) -> None:
+    with (
+        install._locked("onnxruntime"),
+        pytest.raises(LockedError, match="works on the environment onnxruntime"),
+    ):
+        install.create("onnxruntime", "cpu", None, lambda _: None)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (None, "is not an interpreter"),
+        ("#!/bin/sh\necho hello", "can't run workers"),
+        ("#!/bin/sh\necho the reason >&2; exit 1", "can't run workers: the reason"),
+    ],
+)
+def test_what_is_no_interpreter_is_not_taken(
+    cache: Path, tmp_path: Path, content: str | None, reason: str
+) -> None:
+    path = tmp_path / "python"
+    if content is not None:
+        script(path, content)
+    with pytest.raises(UsageError, match=reason):
+        install.use("onnxruntime", str(path))
+    assert not (cache / "environments" / "onnxruntime.json").exists()
+
+
+def test_an_old_python_is_refused_in_words() -> None:
+    from memladder.environments import probe
+
+    program = (
+        "import sys; sys.version_info = (3, 9, 18, 'final', 0); sys.argv = ['x'];"
+        f"exec(open({probe.__file__!r}).read())"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "workers need 3.10" in done.stderr
+
+
+def test_a_broken_note_is_one_line(cache: Path) -> None:
+    (cache / "environments").mkdir(parents=True)
+    (cache / "environments" / "onnxruntime.json").write_text(json.dumps({"python": 3}))
+    with pytest.raises(UsageError, match=r"onnxruntime.json can't be read .*; remove it"):
+        interpreter.chosen("onnxruntime")
+
+
+def test_comments_do_not_change_what_is_pinned(tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.write_text("# packages: 3\na==1  # why\n\nb==2\n")
+    two.write_text("a==1\nb==2\n")
+    assert install.digest(one) == install.digest(two)
+    two.write_text("a==1\nb==3\n")
+    assert install.digest(one) != install.digest(two)
+
+
+@pytest.mark.parametrize("name", install.names())
+def test_requirements_pin_exact_versions_and_name_no_source(name: str) -> None:
+    folder = Path(frameworks.__file__).with_name("requirements")
+    for path in folder.glob(f"{name}*.txt"):
+        for line in filter(None, path.read_text().splitlines()):
+            assert line.startswith("#") or "==" in line, f"{path.name}: {line}"
+            assert "://" not in line
+            assert not line.startswith("-")

@@ -1,0 +1,126 @@
+"""What vLLM is told, in numbers from elsewhere; the engine itself runs on a GPU only."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+from memladder import frameworks, models
+from memladder.case import FIGURE_SHAPES, Case, Shape
+from memladder.errors import UnavailableError
+from memladder.frameworks import vllm, vllm_engine
+from memladder.frameworks.base import Job, packed_bytes
+from memladder.models import LayerConfig
+from memladder.units import KIB, MIB, mib
+
+
+@pytest.mark.parametrize(
+    ("model", "bits", "group_size", "expected"),
+    # design notes of Figure 11: weights with fp16 scales, norms and biases, MiB
+    [
+        ("llama", 4, 128, 420.8),
+        ("llama", 4, 64, 433.5),
+        ("bloom", 4, 128, 1213.1),
+        ("bloom", 4, 64, 1249.9),
+    ],
+)
+def test_packed_weights_take_what_the_figure_says(
+    model: str, bits: int, group_size: int, expected: float
+) -> None:
+    found = packed_bytes(models.layer_config(model), bits, group_size, 16)
+    assert mib(found) == pytest.approx(expected, abs=0.05)
+
+
+def test_a_shorter_last_group_has_a_scale_too() -> None:
+    config = models.narrow_config("llama")
+    # down_proj's rows are 704 = 5 · 128 + 64 long: 6 groups in each of its 256 rows, all others 2.
+    rows = 256 + 128 + 128 + 256 + 704 + 704
+    scales = 2 * (2 * rows + 6 * 256)
+    elements = 737_792 - 512
+    assert packed_bytes(config, 4, 128, 16) == elements // 2 + scales + 2 * 512
+
+
+@pytest.mark.parametrize(
+    ("shape", "blocks"),
+    # 16 tokens a block, one block for padding
+    [
+        (Shape(1, 1), 2),
+        (Shape(32, 1), 33),
+        (Shape(1, 4096), 257),
+        (Shape(1, 16), 2),
+        (Shape(3, 17), 7),
+    ],
+)
+def test_the_cache_holds_the_case_and_no_more(shape: Shape, blocks: int) -> None:
+    assert vllm_engine.kv_blocks(shape) == blocks
+
+
+def test_the_cache_is_counted_in_bytes() -> None:
+    shape = Shape(1, 4096)
+    # 2 · 4096 tokens · 8 heads · 128 · 2 bytes are 16 MiB, BLOOM's 112 heads 224 MiB.
+    for model, whole, block in (("llama", 16 * MIB, 64 * KIB), ("bloom", 224 * MIB, 896 * KIB)):
+        arguments = vllm_engine.engine_arguments(models.layer_config(model), "fp16", shape)
+        assert arguments["kv_cache_memory_bytes"] == whole + block
+
+
+@pytest.mark.parametrize("shape", FIGURE_SHAPES, ids=str)
+def test_one_step_takes_the_batch_and_a_long_prompt_comes_in_parts(shape: Shape) -> None:
+    arguments = vllm_engine.engine_arguments(models.layer_config("llama"), "fp16", shape)
+    assert arguments["max_num_batched_tokens"] == {1: 1, 32: 32, 4096: 512}[shape.tokens]
+    assert arguments["max_num_seqs"] == shape.batch_size
+    assert arguments["max_model_len"] == shape.seq_len + 1
+
+
+def test_bloom_gets_a_backend_that_has_alibi() -> None:
+    shape = Shape(1, 1)
+    bloom = vllm_engine.engine_arguments(models.layer_config("bloom"), "fp16", shape)
+    llama = vllm_engine.engine_arguments(models.layer_config("llama"), "fp16", shape)
+    assert bloom["attention_config"] == {"backend": "TRITON_ATTN"}
+    assert "attention_config" not in llama
+
+
+@pytest.mark.parametrize(
+    ("model", "variant"), [("llama", "vllm"), ("bloom", "vllm"), ("llama", "vllm_fp16_int4")]
+)
+def test_the_model_is_the_layer_alone(model: str, variant: str, tmp_path: Path) -> None:
+    framework = frameworks.get(variant)
+    case = Case(model, variant, Shape(1, 4096), "cuda:0")
+    job = Job(case, models.layer_config(model), tmp_path)
+    framework.prepare(job)
+    (path,) = tmp_path.rglob("config.json")
+    found = json.loads(path.read_text())
+    assert found["num_hidden_layers" if model == "llama" else "n_layer"] == 1
+    assert (found["vocab_size"], found["tie_word_embeddings"]) == (64, True)
+    assert found["hidden_size"] == {"llama": 8192, "bloom": 14336}[model]
+    if model == "llama":
+        assert found["max_position_embeddings"] == 4097
+    assert ("quantization_config" in found) == (variant == "vllm_fp16_int4")
+    # The config makes a layer of the same shapes again.
+    again = models.layer_config(model, path)
+    assert models.tensor_shapes(again) == models.tensor_shapes(job.config)
+
+
+def test_groups_are_as_long_as_all_rows_allow() -> None:
+    assert vllm_engine.group_size(models.layer_config("llama")) == 128
+    assert vllm_engine.group_size(models.layer_config("bloom")) == 128
+    # 704 is no multiple of 128.
+    assert vllm_engine.group_size(models.narrow_config("llama")) == 64
+    odd = LayerConfig("llama", {**models.narrow_config("llama").values, "intermediate_size": 700})
+    with pytest.raises(UnavailableError, match=r"multiples of 64, not of 700 elements"):
+        vllm_engine.group_size(odd)
+
+
+def test_where_it_can_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    framework = frameworks.get("vllm")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    found = framework.availability("cuda:0")
+    assert (found.available, found.install) == (False, "memladder env create vllm")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: object())
+    monkeypatch.setattr(vllm.importlib.metadata, "version", lambda _: "0.22.1")
+    assert framework.availability("cpu").reason == "vLLM's package runs on CUDA only"
+    monkeypatch.setattr(vllm, "cuda_build", lambda: "13.0")
+    assert framework.availability("cuda:0").available
+    assert framework.availability("cuda:1").install == ("set CUDA_VISIBLE_DEVICES=1 and use cuda:0")
