@@ -37,7 +37,7 @@ def test_a_narrow_layer_is_compiled_for_an_a100_and_planned(
         job, FRAMEWORK, repeats=1, limits=runner.Limits(300.0), log_path=tmp_path / "log"
     )
     assert record.status is Status.PLANNED, record.reason
-    assert record.reason == "TensorRT runs on NVIDIA GPUs only"
+    assert record.reason == "TensorRT runs on NVIDIA GPUs only; it compiles without one"
     assert not record.runs
     assert loads_record(dumps(record)) == record
     plan = record.plan
@@ -82,5 +82,7 @@ def test_without_rtx_nothing_is_planned(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(tensorrt, "_module_name", lambda device: "tensorrt")
     found = FRAMEWORK.availability("cpu")
     assert not found.available
-    assert found.reason == "TensorRT runs on NVIDIA GPUs only; tensorrt-rtx could plan it"
+    assert (
+        found.reason == "TensorRT builds for the GPU that is there; tensorrt-rtx plans without one"
+    )
     assert FRAMEWORK.availability("cuda:0").available

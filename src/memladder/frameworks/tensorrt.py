@@ -86,7 +86,12 @@ class TensorRT(Framework):
         if refusal is None:
             return Availability(True, version)
         if name in _TENSORRT:
-            return Availability(False, version, f"{refusal}; tensorrt-rtx could plan it", _INSTALL)
+            return Availability(
+                False,
+                version,
+                "TensorRT builds for the GPU that is there; tensorrt-rtx plans without one",
+                _INSTALL,
+            )
         return Availability(True, version, refusal, plans=True)
 
     def prepare(self, job: Job) -> None:
@@ -320,7 +325,7 @@ def _module_name(device: str) -> str | None:
 def _why_not(name: str, device: str) -> str | None:
     """Why it can't run on the device; None if it can."""
     if device == "cpu":
-        return "TensorRT runs on NVIDIA GPUs only"
+        return "TensorRT runs on NVIDIA GPUs only; it compiles without one"
     if name in _TENSORRT:
         return None
     found = compute_capability(device)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TypeAlias
 
+from memladder import frameworks
 from memladder.case import FIGURE_SYSTEMS, Shape
 from memladder.errors import UsageError
 from memladder.measure.record import Record, Source, Status, Verification
@@ -81,6 +82,13 @@ def ensure_one_machine(records: Sequence[Record]) -> None:
             )
 
 
+def system_label(system: str) -> str:
+    """A system's name in the figure: the paper's, the framework's title, or else the key."""
+    if system in FIGURE_SYSTEMS:
+        return FIGURE_SYSTEMS[system]
+    return frameworks.get(system).title if system in frameworks.names() else system
+
+
 def plain_name(part: str) -> str:
     """A part of a plan as a person says it.
 
@@ -105,7 +113,7 @@ def _planned_notes(records: Sequence[Record]) -> tuple[str, ...]:
     found: dict[str, None] = {}
     for record in records:
         if (plan := record.plan) is not None:
-            system = FIGURE_SYSTEMS.get(record.case.framework, record.case.framework)
+            system = system_label(record.case.framework)
             assumed = " and ".join(
                 f"{format_bytes(size)} of {plain_name(name)}" for name, size in plan.assumed.items()
             )
@@ -127,12 +135,12 @@ def _measured_notes(records: Sequence[Record]) -> tuple[str, ...]:
     times = " or ".join(map(str, repeats))
     how = "one process a case" if repeats == [1] else f"median of {times} processes a case"
     dtypes = {
-        FIGURE_SYSTEMS.get(record.case.framework, record.case.framework): str(dtype)
+        system_label(record.case.framework): f"{does} {dtype}"
         for record in records
-        for name in ("dtype", "matrix_dtype")
+        for name, does in (("dtype", "computes in"), ("matrix_dtype", "keeps its matrices in"))
         if (dtype := record.settings.get(name, _DTYPE)) != _DTYPE
     }
-    others = "; ".join(f"{system} keeps its matrices in {dtypes[system]}" for system in dtypes)
+    others = "; ".join(f"{system} {what}" for system, what in dtypes.items())
     versions = ", ".join(sorted({record.environment.memladder for record in records}))
     polls = min(run.polls_per_s for run in runs)
     return (
