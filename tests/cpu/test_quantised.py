@@ -8,11 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from torch import nn
 
 from memladder import frameworks, models
 from memladder.case import Case, Shape
-from memladder.frameworks import torchao_fp8_fp8
+from memladder.formats.int4 import Int4
+from memladder.frameworks import gemlite_fp16_int4, torchao_fp8_fp8
 from memladder.frameworks.base import Availability, Job
 from memladder.frameworks.bitsandbytes_fp16_nf4 import BitsAndBytesNf4
 from memladder.frameworks.torch_quantised import group_size
@@ -181,3 +183,20 @@ def test_the_gguf_file_holds_the_layer_in_q4_0(model: str, tmp_path: Path) -> No
     assert kinds == {"F16", "Q4_0"}
     norm = next(tensor for tensor in reader.tensors if tensor.name == "output_norm.weight")
     assert np.all(norm.data == 1)
+
+
+def test_gemlites_words_are_unpacked_as_they_are_packed() -> None:
+    """gemlite's packing: column 8 w + j of a row is nibble j of word w, words [in / 8, out]."""
+    row = gemlite_fp16_int4.FRAMEWORK
+    values = torch.randn(6, 256, generator=torch.Generator().manual_seed(0))
+    matrix = Int4(group_size=128).quantise(values)
+    nibbles = matrix.codes.long().view(6, 32, 8) << torch.arange(0, 32, 4)
+    words = nibbles.sum(-1)
+    words = torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
+    module = nn.Module()
+    assert matrix.scales is not None
+    for name, tensor in (("W_q", words.t()), ("scales", matrix.scales.t())):
+        parameter = nn.Parameter(tensor.contiguous(), requires_grad=False)
+        module.register_parameter(name, parameter)
+    assert torch.equal(row.dequantised(module), Int4(group_size=128).dequantise(matrix))
+    assert row.held(module) == {"weights": 6 * 128 + 6 * 2 * 2, "tables": 0}
