@@ -35,6 +35,7 @@ from memladder.units import format_bytes, mib
 if TYPE_CHECKING:
     from memladder.engine.packing import MatrixReport, Progress
 
+_WIDTH = 120
 # Ended as the protocol foresees; anything else is a failure of the run.
 _GOOD = (Status.MEASURED, Status.PLANNED, Status.OOM)
 
@@ -82,8 +83,14 @@ class Request:
 
 
 def _console(stderr: bool = False) -> Console:
-    """A console that prints text as it is: `memladder[pytorch]` is no markup."""
-    return Console(stderr=stderr, markup=False, highlight=False)
+    """A console that prints text as it is: `memladder[pytorch]` is no markup.
+
+    Where nobody's terminal sets the width, tables have room for their numbers.
+    """
+    found = Console(stderr=stderr, markup=False, highlight=False)
+    if not found.is_terminal and "COLUMNS" not in os.environ:
+        found.width = max(found.width, _WIDTH)
+    return found
 
 
 def draw_published(output_dir: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from memladder.measure import environment
 _PACKAGES = re.compile(r"^# packages: (\d+)", re.MULTILINE)
 _FOUND = re.compile(r"Collecting (\S+)")
 _WIDTH = 60
+_TABLE_WIDTH = 120
 
 
 def create(framework: str, device: str, python: str | None) -> None:
@@ -62,7 +64,10 @@ def show() -> None:
             str(item.interpreter.python),
             _advice(item),
         )
-    Console(markup=False, highlight=False).print(table)
+    console = Console(markup=False, highlight=False)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = max(console.width, _TABLE_WIDTH)
+    console.print(table)
 
 
 def _advice(item: install.Listed) -> str:
@@ -112,9 +117,10 @@ def _progress(name: str, wanted: Path) -> Iterator[Callable[[str], None]]:
     with Progress(
         *columns, console=console, transient=True, disable=not console.is_terminal
     ) as bar:
-        task = bar.add_task("", total=int(found[1]) if found else None)
+        task = bar.add_task("an empty environment", total=int(found[1]) if found else None)
 
         def on_line(line: str) -> None:
-            bar.update(task, description=line[:_WIDTH], advance=bool(_FOUND.match(line)))
+            if not line.startswith("WARNING"):
+                bar.update(task, description=line[:_WIDTH], advance=bool(_FOUND.match(line)))
 
         yield on_line

@@ -250,3 +250,27 @@ def _timed(*arguments: str, cwd: Path) -> float:
     began = time.perf_counter()
     assert script(*arguments, cwd=cwd).returncode == 0
     return time.perf_counter() - began
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["create", "tf"], "unknown framework 'tf'; known: "),
+        (["create", "onnxruntime", "--device", "tpu"], "'tpu'"),
+        (
+            ["create", "onnxruntime", "--python", "nothing"],
+            "nothing can't be started: No such file",
+        ),
+        (["use", "onnxruntime", "--python", "nothing"], "nothing is not an interpreter"),
+        (["remove", "onnxruntime"], "onnxruntime has no environment of its own"),
+    ],
+)
+def test_a_wrong_environment_is_one_line(
+    arguments: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MEMLADDER_CACHE", str(tmp_path))
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    done = run(*MEMLADDER, "env", *arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert words in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1

@@ -7,7 +7,13 @@ from hypothesis import strategies as st
 
 from memladder.errors import RecordError
 from memladder.frameworks.base import Plan
-from memladder.measure.record import Status, dumps, loads_record, loads_verification
+from memladder.measure.record import (
+    Status,
+    dumps,
+    loads_record,
+    loads_verification,
+    weights_fit,
+)
 from memladder.units import MIB
 from tests.unit import examples
 
@@ -22,6 +28,20 @@ def test_a_verification_survives_its_file_even_with_nan() -> None:
     again = loads_verification(dumps(verification))
     assert math.isnan(again.checks[0].error)
     assert not again.agrees
+
+
+def test_a_record_from_before_environments_is_read() -> None:
+    data = json.loads(dumps(examples.record()))
+    del data["environment"]["interpreter"]
+    assert loads_record(json.dumps(data)).environment.interpreter is None
+
+
+def test_padding_of_weights_is_not_another_format() -> None:
+    # LLaMA's int4 with 64 bytes beside it; and with k, 8192 · 1024 elements, left in fp16.
+    assert weights_fit(441_221_120 + 64, 441_221_120)
+    assert not weights_fit(441_221_120 + 8192 * 1024 * 12 // 8, 441_221_120)
+    # fp8 with k in fp16
+    assert not weights_fit(855_654_400 + 8192 * 1024, 855_654_400)
 
 
 def test_steady_is_the_median_and_peak_the_largest() -> None:

@@ -20,6 +20,7 @@ from memladder.measure.record import (
     Run,
     Source,
     Status,
+    StructureCheck,
     Verification,
 )
 from memladder.report import table
@@ -110,6 +111,40 @@ def test_a_measured_value_counts_when_its_framework_agrees():
 )
 def test_a_measured_value_without_agreement_is_not_drawn(verifications, note):
     assert only_cell(record(), *verifications) == Cell(None, Status.MEASURED, note)
+
+
+HELD = StructureCheck("llama", ONE, 1, 441_221_202, 441_221_120, ())
+
+
+@pytest.mark.parametrize(
+    ("held", "cell"),
+    [
+        (HELD, Cell(2000.0, Status.MEASURED)),
+        (replace(HELD, layers=2), Cell(None, Status.MEASURED, "wrong output")),
+        (replace(HELD, differing=("a",)), Cell(None, Status.MEASURED, "wrong output")),
+        (replace(HELD, weight_bytes=1_711_308_800), Cell(None, Status.MEASURED, "wrong output")),
+        (replace(HELD, model="bloom"), Cell(None, Status.MEASURED, "unverified")),
+    ],
+)
+def test_what_can_not_be_read_counts_by_what_it_holds(held, cell):
+    assert only_cell(record(), verification(checks=(), structure=(held,))) == cell
+
+
+def test_the_page_says_which_of_the_two_checks_it_was():
+    held = replace(HELD, differing=("self_attn.q_proj.weight",))
+    page = table.to_markdown_report([record()], [verification(checks=(), structure=(held,))])
+    assert "keep a layer's output to themselves: what they hold is compared" in page
+    assert "1 layer, differing: self" in page
+    assert "441221202 bytes of weights where 441221120 are expected" in page
+    both = table.to_markdown_report([record()], [verification(), verification(structure=(HELD,))])
+    assert "| 1.00e-03 |" in both
+    assert "1 layer, all shapes right" in both
+
+
+def test_the_page_says_whose_python_it_was():
+    lent = replace(ENVIRONMENT, interpreter="made from 3f2a1b4c")
+    page = table.to_markdown_report([record(environment=lent)], [])
+    assert f"Python: {ENVIRONMENT.python} (made from 3f2a1b4c)" in page
 
 
 def test_what_was_not_measured_keeps_its_status():

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+import torch
+from torch import nn
 
 from memladder import frameworks, models
 from memladder.case import FIGURE_SHAPES, Case, Shape
@@ -111,6 +115,90 @@ def test_groups_are_as_long_as_all_rows_allow() -> None:
     odd = LayerConfig("llama", {**models.narrow_config("llama").values, "intermediate_size": 700})
     with pytest.raises(UnavailableError, match=r"multiples of 64, not of 700 elements"):
         vllm_engine.group_size(odd)
+
+
+class Linear(nn.Module):
+    """A linear module as vLLM's describe themselves, however its weight is stored."""
+
+    def __init__(self, input_size: int, *output_sizes: int, bias: bool = False) -> None:
+        super().__init__()
+        self.input_size = input_size
+        self.output_size, self.output_sizes = sum(output_sizes), list(output_sizes)
+        self.weight_packed = nn.Parameter(torch.zeros(1, dtype=torch.int32), requires_grad=False)
+        self.bias = nn.Parameter(torch.zeros(self.output_size)) if bias else None
+
+
+class Attention(nn.Module):
+    """vLLM's attention: with quantised weights it has scalars of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.k_zero_point = nn.Parameter(torch.zeros(1))
+
+
+class Norm(nn.Module):
+    def __init__(self, size: int, bias: bool = False) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.bias = nn.Parameter(torch.zeros(size)) if bias else None
+
+
+@pytest.fixture
+def modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's two base classes, as far as they are looked at."""
+    layers = "vllm.model_executor.layers"
+    for name in ("vllm", "vllm.model_executor", layers):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    for name, kind in (("linear", Linear), ("attention", Attention)):
+        module = ModuleType(f"{layers}.{name}")
+        setattr(module, {"linear": "LinearBase", "attention": "Attention"}[name], kind)
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+
+
+def test_llamas_fused_matrices_are_told_one_by_one(modules: None) -> None:
+    layer = nn.ModuleDict(
+        {
+            "input_layernorm": Norm(256),
+            "self_attn": nn.ModuleDict(
+                {
+                    "qkv_proj": Linear(256, 256, 128, 128),
+                    "o_proj": Linear(256, 256),
+                    "attn": Attention(),
+                }
+            ),
+            "mlp": nn.ModuleDict(
+                {"gate_up_proj": Linear(256, 704, 704), "down_proj": Linear(704, 256)}
+            ),
+            "post_attention_layernorm": Norm(256),
+        }
+    )
+    assert vllm._shapes(layer) == models.tensor_shapes(models.narrow_config("llama"))
+
+
+def test_blooms_matrices_and_biases_have_its_own_names(modules: None) -> None:
+    def norm() -> Norm:
+        return Norm(384, bias=True)
+
+    layer = nn.ModuleDict(
+        {
+            "input_layernorm": norm(),
+            "self_attention": nn.ModuleDict(
+                {
+                    "query_key_value": Linear(384, 384, 384, 384, bias=True),
+                    "dense": Linear(384, 384, bias=True),
+                    "attn": Attention(),
+                }
+            ),
+            "post_attention_layernorm": norm(),
+            "mlp": nn.ModuleDict(
+                {
+                    "dense_h_to_4h": Linear(384, 1536, bias=True),
+                    "dense_4h_to_h": Linear(1536, 384, bias=True),
+                }
+            ),
+        }
+    )
+    assert vllm._shapes(layer) == models.tensor_shapes(models.narrow_config("bloom"))
 
 
 def test_where_it_can_run(monkeypatch: pytest.MonkeyPatch) -> None:

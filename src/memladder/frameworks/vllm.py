@@ -59,12 +59,13 @@ class Vllm(Framework):
 
     def availability(self, device: str) -> Availability:
         """One GPU, the first visible one: the engine takes no other in a single process."""
+        if device == "cpu":
+            install = f"a machine with an NVIDIA GPU; there: {_INSTALL}"
+            return Availability(False, None, "vLLM's package runs on CUDA only", install)
         missing = [name for name in ("vllm", "torch") if importlib.util.find_spec(name) is None]
         if missing:
             return Availability(False, None, f"{', '.join(missing)} not installed", _INSTALL)
         version = importlib.metadata.version("vllm")
-        if device == "cpu":
-            return Availability(False, version, "vLLM's package runs on CUDA only")
         if cuda_build() is None:
             return Availability(False, version, "torch is built without CUDA", _INSTALL)
         if device != "cuda:0":
@@ -157,7 +158,8 @@ class _Session(Session):
         self._torch.cuda.empty_cache()
         length = self.job.case.shape.seq_len
         tokens = [number % vllm_engine.VOCABULARY for number in range(length)]
-        self._prompts = [{"prompt_token_ids": tokens}] * self.job.case.shape.batch_size
+        batch = range(self.job.case.shape.batch_size)
+        self._prompts = [{"prompt_token_ids": tokens} for _ in batch]
         self._sampling = self._vllm.SamplingParams(
             max_tokens=1, temperature=0.0, ignore_eos=True, detokenize=False
         )
@@ -187,7 +189,11 @@ class _Session(Session):
             for name, value in self._arguments.items()
         }
         weight = self._variant.weight
-        chosen: dict[str, Setting] = {"weight_format": weight, "vocabulary": vllm_engine.VOCABULARY}
+        chosen: dict[str, Setting] = {
+            "weight_format": weight,
+            "empty_cache_after_start": True,
+            "vocabulary": vllm_engine.VOCABULARY,
+        }
         if weight == "int4":
             chosen["group_size"] = vllm_engine.group_size(self.job.config)
         variables = self._variant.environment(self.job.case)

@@ -76,6 +76,11 @@ class Environment:
     memladder: str
     interpreter: str | None = None
 
+    @property
+    def python_label(self) -> str:
+        """The worker's Python in words: its version, and whose it is where it is not our own."""
+        return f"{self.python} ({self.interpreter})" if self.interpreter else self.python
+
     def same_as(self, other: Environment) -> bool:
         """Would the two give comparable numbers? The commit alone does not decide that."""
         return (self.machine, self.python, self.packages, self.variables, self.memladder) == (

@@ -52,7 +52,7 @@ def _facts(record: Record) -> Table:
     facts["device"] = f"{machine.device}, {format_bytes(machine.device_memory_bytes)}{driver}"
     facts["host"] = (
         f"{machine.cpu}, {machine.cores} cores, {format_bytes(machine.memory_bytes)}; "
-        f"{machine.os}, Linux {machine.kernel}; Python {record.environment.python}"
+        f"{machine.os}, Linux {machine.kernel}; Python {record.environment.python_label}"
     )
     facts["memladder"] = f"{record.environment.memladder}, commit {record.environment.commit}"
     return _pairs(record.case.id, facts)

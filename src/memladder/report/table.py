@@ -183,7 +183,7 @@ def _environment(records: Sequence[Record]) -> str:
         "CUDA": machine.cuda,
         "Processor": f"{machine.cpu}, {machine.cores} cores, {format_bytes(machine.memory_bytes)}",
         "System": f"{machine.os}, {machine.kernel}",
-        "Python": ", ".join(sorted({environment.python for environment in environments})),
+        "Python": ", ".join(sorted({environment.python_label for environment in environments})),
         "memladder": ", ".join(sorted({environment.memladder for environment in environments})),
         "Packages": ", ".join(
             f"{name} {' and '.join(sorted(versions))}"
@@ -232,7 +232,7 @@ def _unavailable(records: Iterable[Record]) -> str:
     return _markdown(("framework", "why", "to get it"), found)
 
 
-def _verification(verifications: Iterable[Verification]) -> str:
+def _verification(verifications: Sequence[Verification]) -> str:
     lines = [
         (
             item.framework,
