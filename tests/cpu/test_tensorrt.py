@@ -71,6 +71,7 @@ def test_gpus_that_rtx_refuses_are_planned(
 ) -> None:
     monkeypatch.setattr(tensorrt, "_module_name", lambda device: "tensorrt_rtx")
     monkeypatch.setattr(tensorrt, "compute_capability", lambda device: capability)
+    monkeypatch.setattr(tensorrt, "installed", lambda name: True)
     found = FRAMEWORK.availability("cuda:0")
     assert (found.available, found.plans) == (True, plans)
     assert (found.reason is not None) == plans
@@ -85,4 +86,7 @@ def test_without_rtx_nothing_is_planned(monkeypatch: pytest.MonkeyPatch) -> None
     assert (
         found.reason == "TensorRT builds for the GPU that is there; tensorrt-rtx plans without one"
     )
+    monkeypatch.setattr(tensorrt, "installed", lambda name: False)
+    assert FRAMEWORK.availability("cuda:0").reason == "cuda-bindings not installed"
+    monkeypatch.setattr(tensorrt, "installed", lambda name: True)
     assert FRAMEWORK.availability("cuda:0").available

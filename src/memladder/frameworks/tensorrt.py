@@ -31,7 +31,7 @@ from memladder.frameworks.base import (
     Session,
     Setting,
 )
-from memladder.frameworks.torch_common import compute_capability
+from memladder.frameworks.torch_common import compute_capability, installed
 from memladder.models import cache, onnx_export, weights
 from memladder.units import MIB
 
@@ -84,6 +84,8 @@ class TensorRT(Framework):
             return Availability(False, version, reason, _INSTALL)
         refusal = _why_not(name, device)
         if refusal is None:
+            if not installed("cuda.bindings"):
+                return Availability(False, version, "cuda-bindings not installed", _INSTALL)
             return Availability(True, version)
         if name in _TENSORRT:
             return Availability(

@@ -55,3 +55,12 @@ def compute_capability(device: str) -> tuple[int, int] | None:
     except pynvml.NVMLError:
         return None
     return int(major), int(minor)
+
+
+def installed(name: str) -> bool:
+    """Whether a module, which may be inside a package, can be imported."""
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:
+        # The package around it is missing.
+        return False
