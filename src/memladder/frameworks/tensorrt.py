@@ -8,19 +8,15 @@ the engine for an A100, the figure's GPU.
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import importlib
 import importlib.metadata
 import importlib.util
-import math
 import re
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 from memladder.frameworks.base import (
     Availability,
@@ -31,6 +27,7 @@ from memladder.frameworks.base import (
     Session,
     Setting,
 )
+from memladder.frameworks.tensorrt_build import RTX, TENSORRT, build, load, logger
 from memladder.frameworks.torch_common import compute_capability, installed
 from memladder.models import cache, onnx_export, weights
 from memladder.units import MIB
@@ -40,11 +37,6 @@ if TYPE_CHECKING:
 
 _INSTALL = "pip install 'memladder[tensorrt]'"
 _EXPORTERS = ("torch", "transformers", "onnx", "onnxscript")
-_TENSORRT = ("tensorrt",)
-_RTX = ("tensorrt_rtx", "tensorrt_rtx_bindings")
-# ONNX Runtime's provider for TensorRT-RTX brings the libraries that the bindings need, and is the
-# only package on the Python index that does.
-_RTX_LIBRARIES = "onnxruntime_ep_nv_tensorrt_rtx"
 # TensorRT-RTX 1.7: `ComputeCapability`. Hopper (9.0) and data-centre Blackwell (10.0) are missing.
 _RTX_RUNS_ON = {(7, 5), (8, 0), (8, 6), (8, 9), (12, 0), (12, 1)}
 
@@ -54,7 +46,6 @@ _TARGET_CAPABILITY = "SM80"
 # (`figure11_rerun_a100.json`, bloom_tensorrt_32_1).
 _CONTEXT_BYTES = 426 * MIB
 
-_TOLD = re.compile(r"Total (Weights|Activation|Device Persistent) Memory: (\d+) bytes")
 _MEMORY = re.compile(r"out of memory|OutOfMemory|bad_alloc", re.IGNORECASE)
 
 
@@ -87,7 +78,7 @@ class TensorRT(Framework):
             if not installed("cuda.bindings"):
                 return Availability(False, version, "cuda-bindings not installed", _INSTALL)
             return Availability(True, version)
-        if name in _TENSORRT:
+        if name in TENSORRT:
             return Availability(
                 False,
                 version,
@@ -106,15 +97,15 @@ class TensorRT(Framework):
         with cache.writing(path.parent):
             if not path.exists():
                 with cache.replacing(path) as part, part.open("wb") as file:
-                    _build(_load(name), graph, None, file)
+                    build(load(name), graph, None, file)
 
     def plan(self, job: Job) -> tuple[Plan, Mapping[str, Setting]]:
         """The real engine for the target, built and thrown away."""
         graph = onnx_export.ensure(job.config, job.cache_dir, job.case.shape, job.seed)
         name = _module_name(job.case.device)
         assert name is not None
-        trt = _load(name)
-        built = _build(trt, graph, _TARGET_CAPABILITY, None)
+        trt = load(name)
+        built = build(trt, graph, _TARGET_CAPABILITY, None)
         constants = built.constant_bytes - weights.weight_bytes(job.config)
         parts = {
             "weights": built.told["Weights"] - constants,
@@ -151,7 +142,7 @@ class _Session(Session):
         self._cuda = runtime
         name = _module_name(job.case.device)
         assert name is not None
-        self._name, self._trt = name, _load(name)
+        self._name, self._trt = name, load(name)
 
     def context(self) -> None:
         """The device's primary context."""
@@ -163,7 +154,7 @@ class _Session(Session):
         job = self.job
         graph = onnx_export.ensure(job.config, job.cache_dir, job.case.shape, job.seed)
         plan = _engine_path(graph, self._name, job.case.device).read_bytes()
-        self._runtime = self._trt.Runtime(_logger(self._trt))
+        self._runtime = self._trt.Runtime(logger(self._trt))
         with _memory_errors():
             self._engine = self._runtime.deserialize_cuda_engine(plan)
             if self._engine is None:
@@ -222,88 +213,6 @@ class _Session(Session):
 _TENSORS = ("hidden_states", "output")
 
 
-@dataclass
-class _Built:
-    """What a build has told: sums from its log, and bytes that follow from the network."""
-
-    told: dict[str, int] = field(default_factory=dict)
-    constant_bytes: int = 0
-    io_bytes: int = 0
-    engine_bytes: int = 0
-
-
-def _build(trt: Any, graph: Path, capability: str | None, file: BinaryIO | None) -> _Built:
-    """Build the graph for a compute capability (None: this GPU's) into `file`, or into nothing."""
-    built = _Built()
-    logger = _logger(trt, built.told)
-    builder = trt.Builder(logger)
-    # TensorRT 11 knows no other networks, and may have lost the flag.
-    typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
-    network = builder.create_network(0 if typed is None else 1 << int(typed))
-    parser = trt.OnnxParser(network, logger)
-    if not parser.parse_from_file(str(graph)):
-        raise RuntimeError(f"TensorRT can't read the graph: {parser.get_error(0).desc()}")
-    config = builder.create_builder_config()
-    config.max_aux_streams = 0
-    if capability is not None:
-        config.num_compute_capabilities = 1
-        config.set_compute_capability(getattr(trt.ComputeCapability, capability), 0)
-    ends = [network.get_input(i) for i in range(network.num_inputs)]
-    ends += [network.get_output(i) for i in range(network.num_outputs)]
-    built.io_bytes = sum(math.prod(end.shape) * end.dtype.itemsize for end in ends)
-    built.constant_bytes = _constant_bytes(trt, network)
-    writer = _writer(trt, built, file)
-    if not builder.build_serialized_network_to_stream(network, config, writer):
-        raise RuntimeError("TensorRT could not build the engine; its log says why")
-    missing = {"Weights", "Activation", "Device Persistent"} - set(built.told)
-    if missing:
-        raise RuntimeError(f"TensorRT {trt.__version__} does not tell: {', '.join(missing)}")
-    return built
-
-
-def _constant_bytes(trt: Any, network: Any) -> int:
-    """Bytes of all constants as the graph has them: parameters, masks and tables of positions."""
-    layers = map(network.get_layer, range(network.num_layers))
-    outputs = [one.get_output(0) for one in layers if one.type == trt.LayerType.CONSTANT]
-    sizes = [math.prod(output.shape) * output.dtype.itemsize for output in outputs]
-    return sum(size for size in sizes if size > _SCALAR_BYTES)
-
-
-# Shapes, axes and epsilons are constants too, and end up in the code.
-_SCALAR_BYTES = 128
-
-
-def _logger(trt: Any, told: dict[str, int] | None = None) -> Any:
-    """A logger that prints what matters, and notes the memory that a build tells."""
-
-    class Logger(trt.ILogger):  # type: ignore[misc]
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-
-        def log(self, severity: Any, message: str) -> None:
-            found = _TOLD.search(message)
-            if found and told is not None:
-                told[found[1]] = int(found[2])
-            if found or int(severity) <= int(trt.ILogger.Severity.WARNING):
-                sys.stderr.write(f"TensorRT: {message}\n")
-
-    return Logger()
-
-
-def _writer(trt: Any, built: _Built, file: BinaryIO | None) -> Any:
-    """Where the engine goes; to memory first it would take its own size once more."""
-
-    class Writer(trt.IStreamWriter):  # type: ignore[misc]
-        def __init__(self) -> None:
-            trt.IStreamWriter.__init__(self)
-
-        def write(self, data: bytes) -> int:
-            built.engine_bytes += len(data)
-            return len(data) if file is None else file.write(data)
-
-    return Writer()
-
-
 def _settings() -> dict[str, Setting]:
     return {
         "onnx_opset": onnx_export.OPSET,
@@ -319,7 +228,7 @@ def _module_name(device: str) -> str | None:
     where TensorRT-RTX is."""
     rtx, full = (
         next((name for name in names if importlib.util.find_spec(name) is not None), None)
-        for names in (_RTX, _TENSORRT)
+        for names in (RTX, TENSORRT)
     )
     return (rtx or full) if device == "cpu" else (full or rtx)
 
@@ -328,7 +237,7 @@ def _why_not(name: str, device: str) -> str | None:
     """Why it can't run on the device; None if it can."""
     if device == "cpu":
         return "TensorRT runs on NVIDIA GPUs only; it compiles without one"
-    if name in _TENSORRT:
+    if name in TENSORRT:
         return None
     found = compute_capability(device)
     if found is None or found in _RTX_RUNS_ON:
@@ -340,17 +249,6 @@ def _version(name: str) -> str | None:
     for distribution in importlib.metadata.packages_distributions().get(name, ()):
         return importlib.metadata.version(distribution)
     return None
-
-
-def _load(name: str) -> Any:
-    """Import the module; for TensorRT-RTX's bindings alone, load the libraries first."""
-    spec = importlib.util.find_spec(_RTX_LIBRARIES)
-    if name in _RTX and spec is not None and spec.origin is not None:
-        for library in ("libtensorrt_rtx", "libtensorrt_onnxparser_rtx"):
-            found = sorted(Path(spec.origin).parent.glob(f"{library}.so.*.*.*"))
-            if found:
-                ctypes.CDLL(str(found[-1]), mode=ctypes.RTLD_GLOBAL)
-    return importlib.import_module(name)
 
 
 def _engine_path(graph: Path, name: str, device: str) -> Path:
