@@ -51,10 +51,11 @@ def test_variants_share_an_environment() -> None:
     assert {interpreter.family(key) for key in frameworks.names() if "ladder" in key} == {"ladder"}
 
 
-def test_the_variable_comes_before_what_was_given_and_that_before_what_was_made(
+def test_the_variable_comes_first_and_then_what_was_told_last(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", str(script(tmp_path / "bin" / "uv", works(tmp_path)).parent), ":")
+    install.use("onnxruntime", sys.executable)
     made = install.create("onnxruntime", "cpu", None, lambda _: None)
     digest = install.digest(install.requirements("onnxruntime", "cpu"))
     assert interpreter.chosen("onnxruntime") == interpreter.Interpreter(made, f"made from {digest}")

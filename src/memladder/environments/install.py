@@ -71,9 +71,9 @@ def digest(path: Path) -> str:
 def create(name: str, device: str, base: Path | None, on_line: OnLine) -> Path:
     """Make an environment; its interpreter. `base` is the Python to make it of, by default ours.
 
-    `on_line` gets what the installer says. It is there as a whole or, whatever happens, not at
-    all. Raises UsageError where it is there already or can't be made, LockedError where another
-    process makes it.
+    An interpreter that was given before is forgotten. `on_line` gets what the installer says. The
+    environment is there as a whole or, whatever happens, not at all. Raises UsageError where it is
+    there already or can't be made, LockedError where another process makes it.
     """
     wanted = requirements(name, device)
     folder = interpreter.root() / name
@@ -90,11 +90,12 @@ def create(name: str, device: str, base: Path | None, on_line: OnLine) -> Path:
             python = interpreter.python_of(name)
             packages = json.loads(_run([str(python), "-c", _INSTALLED], lambda _: None)[-1])
             made = Made(digest(wanted), dict(sorted(packages.items())))
-            text = json.dumps(serial.to_json(made), indent=1)
-            write_atomic(folder / interpreter.MADE_FILE, text + "\n")
+            _note(folder / interpreter.MADE_FILE, made)
         except BaseException:
             _delete(folder)
             raise
+        # The last command counts.
+        interpreter.given_file(name).unlink(missing_ok=True)
     return python
 
 
@@ -107,8 +108,7 @@ def use(name: str, text: str) -> Interpreter:
     answer = ask(found, _keys(name)[0], "cpu")
     if answer.python == "unknown":
         raise UsageError(answer.availability.reason or f"{python} can't run workers")
-    text = json.dumps(serial.to_json(Given(str(python))), indent=1)
-    write_atomic(interpreter.given_file(name), text + "\n")
+    _note(interpreter.given_file(name), Given(str(python)))
     return found
 
 
@@ -142,6 +142,10 @@ def listed() -> tuple[Listed, ...]:
     """All environments: those that are used, and those that could be made."""
     known = {interpreter.family(key) for key in frameworks.names()} | set(names())
     return tuple(_listed(name) for name in sorted(known))
+
+
+def _note(path: Path, what: Made | Given) -> None:
+    write_atomic(path, json.dumps(serial.to_json(what), indent=1) + "\n")
 
 
 def _listed(name: str) -> Listed:

@@ -28,8 +28,12 @@ def main(arguments: list[str]) -> int:
     try:
         framework = frameworks.load(module, key)
     except ModuleNotFoundError as error:
-        reason = f"{error.name} not installed"
-        answer = {"available": False, "reason": reason, "plans": False}
+        answer = {
+            "available": False,
+            "reason": f"{error.name} not installed",
+            "install": f"pip install {error.name}, in the environment that {key} runs in",
+            "plans": False,
+        }
         packages = {}
     else:
         found = framework.availability(device)
