@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 _WIDTH = 120
 # Ended as the protocol foresees; anything else is a failure of the run.
-_GOOD = (Status.MEASURED, Status.OOM)
+_GOOD = (Status.MEASURED, Status.PLANNED, Status.OOM)
 
 
 @dataclass(frozen=True)
@@ -161,9 +161,12 @@ def _pictures(output_dir: Path, slug: str) -> tuple[Path, Path]:
 
 def _slug(records: Sequence[Record]) -> str:
     """A device's short name for files: `h100`, `cpu`; the published figure's name stays its own."""
-    if records[0].case.device == "cpu":
+    from memladder.report import cells
+
+    shown = cells.representative(records)
+    if shown.case.device == "cpu":
         return "cpu"
-    name = records[0].environment.machine.device.lower().replace("nvidia", "")
+    name = shown.environment.machine.device.lower().replace("nvidia", "")
     model = re.search(r"[a-z]*\d+[a-z]*", name.replace("geforce", "").replace("rtx ", "rtx"))
     slug = model[0] if model else re.sub(r"\W+", "_", name).strip("_")
     return "a100_measured" if slug == "a100" else slug
@@ -217,7 +220,10 @@ def _measure_one(job: Job, options: local.Options, kept: store.Store) -> Record:
 
 def _explain(record: Record, path: Path) -> None:
     lines = [f"{record.status}; record: {path}"]
-    if record.reason:
+    if record.plan is not None:
+        size = format_bytes(record.plan.nbytes)
+        lines = [f"planned for {record.plan.target}: {size}; {record.reason}; record: {path}"]
+    elif record.reason:
         lines = [f"{record.status}: {record.reason}; record: {path}"]
     if record.hint:
         lines.append(f"to get it: {record.hint}")
@@ -275,8 +281,10 @@ def verify(request: Request) -> int:
     device = environment.resolve_device(request.device)
     names = sweep_cases.parse_frameworks(request.frameworks)
     runnable, missing = _split(names, device)
+    planned = [name for name in runnable if sweep_cases.availability(name, device).plans]
+    runnable = [name for name in runnable if name not in planned]
     console = _console(stderr=True)
-    _tell_missing(missing, device, console)
+    _tell_missing([*missing, *planned], device, console)
     if not runnable:
         raise UsageError(f"none of the frameworks {', '.join(names)} can run on {device} here")
     options = request.options()
@@ -375,7 +383,7 @@ def show_frameworks(device: str) -> None:
         table.add_row(
             name,
             sweep_cases.title(name),
-            "yes" if found.available else "no",
+            "planned" if found.plans else "yes" if found.available else "no",
             found.version or "",
             found.reason or "",
             found.install or "",

@@ -114,7 +114,7 @@ def test_on_cuda_it_says_why_it_can_not_run(monkeypatch: pytest.MonkeyPatch) -> 
     assert str(found.reason).endswith(("not installed", "is built without CUDA"))
     assert found.install == "pip install 'memladder[ladder-cuda]'"
     # Where all is installed it asks for the GPU's compute capability.
-    monkeypatch.setattr(ladder, "_installed", lambda name: True)
+    monkeypatch.setattr(ladder, "installed", lambda name: True)
     monkeypatch.setattr(ladder, "cuda_build", lambda: "13.0")
     for capability, key, reason in (
         ((7, 5), "ladder", "Ladder-W_FP16 A_FP16 needs compute capability 8.0; cuda:0 has 7.5"),
@@ -123,7 +123,7 @@ def test_on_cuda_it_says_why_it_can_not_run(monkeypatch: pytest.MonkeyPatch) -> 
         ((8, 6), "ladder_mxfp8_mxfp8", "needs compute capability 8.9; cuda:0 has 8.6"),
         ((8, 9), "ladder_fp8_fp8", None),
     ):
-        monkeypatch.setattr(ladder, "_capability", lambda device, found=capability: found)
+        monkeypatch.setattr(ladder, "compute_capability", lambda device, found=capability: found)
         said = frameworks.get(key).availability("cuda:0")
         assert said.available is (reason is None)
         assert said.reason is None if reason is None else str(said.reason).endswith(reason)

@@ -147,11 +147,11 @@ def test_help_loads_neither_rich_nor_numpy(tmp_path: Path) -> None:
 
 
 def test_a_framework_that_is_not_here_prints_a_status_and_no_number(tmp_path: Path) -> None:
-    done = script("measure_memory.py", "--framework", "tensorrt", "--device", "cpu", cwd=tmp_path)
+    done = script("measure_memory.py", "--framework", "welder", "--device", "cpu", cwd=tmp_path)
     assert done.returncode == 1
-    assert done.stdout == "Measure the memory for llama batch 1 seq 1 under tensorrt\n"
+    assert done.stdout == "Measure the memory for llama batch 1 seq 1 under welder\n"
     assert "unavailable: " in done.stderr
-    record = json.loads((tmp_path / "log/llama_tensorrt_1_1.json").read_text())
+    record = json.loads((tmp_path / "log/llama_welder_1_1.json").read_text())
     assert (record["status"], record["runs"]) == ("unavailable", [])
 
 

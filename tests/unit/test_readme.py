@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from memladder.case import FIGURE_MODELS, FIGURE_SHAPES, Case
+from memladder.case import FIGURE_MODELS, FIGURE_SHAPES, Case, Shape
 from memladder.measure.record import Status
-from memladder.report import floor
+from memladder.report import floor, published
 from memladder.sweep import store
 from memladder.units import mib
 
@@ -64,3 +64,22 @@ def test_the_floor_pages_are_what_was_measured(name: str, device: str) -> None:
     assert len(rows) == 36
     assert all(row.holds for row in rows)
     assert floor.to_markdown(rows) in (ROOT / "docs" / f"floor-{name}.md").read_text()
+
+
+@pytest.mark.parametrize("model", FIGURE_MODELS)
+@pytest.mark.parametrize("shape", FIGURE_SHAPES)
+def test_the_page_of_frameworks_has_tensorrt_as_planned_logged_and_published(
+    model: str, shape: Shape
+) -> None:
+    records = {record.case: record for record in store.read(ROOT / "results/h100.json").records}
+    case = Case(model, "tensorrt", shape, "cpu")
+    plan = records[case].plan
+    assert plan is not None
+    logged = published.rerun().values.get(case.id)
+    name = {"llama": "LLaMA", "bloom": "BLOOM"}[model]
+    row = f"| {name} {shape.batch_size}×{shape.seq_len} | {mib(plan.nbytes):.0f} |"
+    page = (ROOT / "docs/frameworks.md").read_text().splitlines()
+    (line,) = [line for line in page if line.startswith(row)]
+    cells = [cell.strip() for cell in line.split("|")[3:-1]]
+    assert cells[0] == str(logged) if logged else cells[0].startswith("invalid")
+    assert cells[1] == str(published.published().values[case.id])

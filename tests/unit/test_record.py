@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memladder.errors import RecordError
+from memladder.frameworks.base import Plan
 from memladder.measure.record import (
     Status,
     dumps,
@@ -50,7 +51,10 @@ def test_steady_is_the_median_and_peak_the_largest() -> None:
     assert record.spread == pytest.approx(100 / 1010)
 
 
-@pytest.mark.parametrize("status", [s for s in Status if s is not Status.MEASURED])
+_WITH_BYTES = (Status.MEASURED, Status.PLANNED)
+
+
+@pytest.mark.parametrize("status", [s for s in Status if s not in _WITH_BYTES])
 def test_only_measured_carries_bytes(status: Status) -> None:
     record = examples.record(status=status, reason="it broke")
     assert record.steady_bytes is None
@@ -59,6 +63,20 @@ def test_only_measured_carries_bytes(status: Status) -> None:
         examples.record(status=status, reason="it broke", runs=(examples.run(1, 2),))
     with pytest.raises(RecordError, match="without a reason"):
         examples.record(status=status, reason=None)
+
+
+def test_a_plan_is_there_where_it_is_planned_and_its_sum_is_what_is_asked_for() -> None:
+    plan = Plan("GPU", "compiler 1", {"weights": 1000, "activations": 20}, {"cuda_context": 3})
+    planned = {"status": Status.PLANNED, "reason": "no GPU", "runs": (), "plan": plan}
+    record = examples.record(**planned, asked_bytes=1023)
+    assert loads_record(dumps(record)) == record
+    assert record.steady_bytes is None
+    with pytest.raises(RecordError, match="1020 bytes, plan 1023"):
+        examples.record(**planned, asked_bytes=1020)
+    with pytest.raises(RecordError, match="status planned and plan None"):
+        examples.record(**{**planned, "plan": None})
+    with pytest.raises(RecordError, match="status measured and plan"):
+        examples.record(plan=plan)
 
 
 def test_measured_without_a_run_is_refused() -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from memladder.case import Case, Shape
 from memladder.errors import UsageError
+from memladder.frameworks.base import Plan
 from memladder.measure.record import (
     Check,
     Environment,
@@ -67,9 +68,18 @@ def record(framework="pytorch", status=Status.MEASURED, model="llama", shape=ONE
         "settings": {"dtype": "float16"},
         "environment": ENVIRONMENT,
         "runs": (run(2000),) if status is Status.MEASURED else (),
+        "plan": None,
         **changes,
     }
     return Record(Case(model, framework, shape, "cuda:0"), status, **values)
+
+
+def planned(gib, framework="tensorrt", **changes):
+    parts, assumed = {"weights": (gib - 1) * GIB}, {"cuda_context": GIB}
+    plan = Plan("NVIDIA A100", "TensorRT-RTX 1.7", parts, assumed)
+    return record(
+        framework, Status.PLANNED, asked_bytes=gib * GIB, settings={}, plan=plan, **changes
+    )
 
 
 def verification(framework="pytorch", error=1e-3, model="llama", **changes):
@@ -144,15 +154,29 @@ def test_what_was_not_measured_keeps_its_status():
         Status.UNAVAILABLE: Cell(None, Status.UNAVAILABLE, "n/a"),
         Status.FAILED: Cell(None, Status.FAILED, "failed"),
         Status.TIMEOUT: Cell(None, Status.TIMEOUT, "timeout"),
-        Status.PLANNED: Cell(None, Status.PLANNED, "planned"),
         Status.PREDICTED: Cell(None, Status.PREDICTED, "predicted"),
     }
     for status, cell in expected.items():
         assert only_cell(record(status=status), verification()) == cell
-    planned = record(status=Status.PLANNED, asked_bytes=gib)
-    assert only_cell(planned) == Cell(24 * 1024.0, Status.PLANNED, "planned")
+    assert only_cell(planned(24)) == Cell(24 * 1024.0, Status.PLANNED, "planned")
     oom = record(status=Status.OOM, asked_bytes=gib)
     assert only_cell(oom).note == "out of memory, asked for 24.0 GiB"
+
+
+def test_a_plan_may_come_from_another_machine_and_says_whose_it_is():
+    cpu = replace(MACHINE, device="Some CPU", driver=None, cuda=None)
+    elsewhere = planned(3, environment=replace(ENVIRONMENT, machine=cpu))
+    records = [elsewhere, record()]
+    cells = cells_from(records, [verification()])
+    assert cells["llama", "tensorrt", ONE] == Cell(3 * 1024.0, Status.PLANNED, "planned")
+    assert device_label(records) == "NVIDIA H100 80GB HBM3, driver 570.86.15"
+    assert notes_from(records)[-1] == (
+        "TensorRT is planned by TensorRT-RTX 1.7 for NVIDIA A100, and did not run; "
+        "1024.0 MiB of CUDA context are assumed in it."
+    )
+    assert [row.device for row in table.rows(records)] == ["NVIDIA A100", "NVIDIA H100 80GB HBM3"]
+    page = table.to_markdown_report(records, [verification()])
+    assert "| weights 2048.0 | CUDA context 1024.0 | 3072.0 |" in page
 
 
 def test_records_of_two_machines_are_refused():

@@ -5,6 +5,7 @@ import pytest
 
 from memladder.case import Shape
 from memladder.errors import LockedError, UsageError
+from memladder.frameworks.base import Plan
 from memladder.measure.record import Status, dumps
 from memladder.sweep import store
 from memladder.sweep.store import Store
@@ -109,3 +110,19 @@ def test_a_foreign_results_file_is_one_line(tmp_path: Path, text: str) -> None:
         store.read(path)
     with pytest.raises(UsageError, match="cannot read"):
         store.read(tmp_path / "missing.json")
+
+
+def test_a_plan_replaces_the_same_plan_made_elsewhere(tmp_path: Path) -> None:
+    results = tmp_path / "h100.json"
+    for device, size in (("cpu", 10), ("cuda:0", 20)):
+        plan = Plan("NVIDIA A100", "compiler 1", {"weights": size}, {})
+        planned = examples.record(
+            device=device,
+            framework="tensorrt",
+            status=Status.PLANNED,
+            reason="not here",
+            asked_bytes=size,
+            plan=plan,
+        )
+        store.merge_results(results, [planned], [])
+    assert [record.asked_bytes for record in store.read(results).records] == [20]

@@ -32,6 +32,7 @@ def main(arguments: list[str]) -> int:
             "available": False,
             "reason": f"{error.name} not installed",
             "install": f"pip install {error.name}, in the environment that {key} runs in",
+            "plans": False,
         }
         packages = {}
     else:
@@ -41,6 +42,7 @@ def main(arguments: list[str]) -> int:
             "version": found.version,
             "reason": found.reason,
             "install": found.install,
+            "plans": found.plans,
         }
         packages = package_versions(framework.packages)
     said = {"availability": answer, "python": platform.python_version(), "packages": packages}

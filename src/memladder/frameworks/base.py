@@ -20,12 +20,36 @@ Setting = str | int | float | bool
 
 @dataclass(frozen=True)
 class Availability:
-    """Whether a framework can run on a device here; if not, why, and what would change that."""
+    """Whether a framework can run on a device here; if not, why, and what would change that.
+
+    With `plans` it can't run, for the `reason` given, but its compiler can say what it would take
+    on another device (`Framework.plan`): the case is planned, and not measured.
+    """
 
     available: bool
     version: str | None = None
     reason: str | None = None
     install: str | None = None
+    plans: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a compiler's own result will take on `target`, where it did not run.
+
+    `parts` are bytes that the compiler tells, or that follow from shapes; `assumed` are bytes that
+    it can't know, such as the target's CUDA context.
+    """
+
+    target: str
+    compiler: str
+    parts: Mapping[str, int]
+    assumed: Mapping[str, int]
+
+    @property
+    def nbytes(self) -> int:
+        """All of it."""
+        return sum(self.parts.values()) + sum(self.assumed.values())
 
 
 @dataclass(frozen=True)
@@ -134,6 +158,9 @@ class Framework(ABC):
     """Label in tables and figures."""
     packages: tuple[str, ...]
     """Distributions whose versions belong into the record."""
+    rounds_as_layer: bool = True
+    """Whether scores are rounded as the layer itself rounds them: to its dtype, which shows where
+    BLOOM's positions are large (`models.reference.rounding`)."""
 
     @abstractmethod
     def availability(self, device: str) -> Availability:
@@ -165,6 +192,14 @@ class Framework(ABC):
         worker. By default two bytes a parameter; `packed_bytes` counts quantised matrices.
         """
         return 2 * parameters(job.config)
+
+    def plan(self, job: Job) -> tuple[Plan, Mapping[str, Setting]]:
+        """Compile the job for another device, and what is needed to repeat that.
+
+        For frameworks whose availability says `plans`. Runs in a process of its own; `weights` is
+        one of the plan's parts.
+        """
+        raise NotImplementedError(f"{self.title} has no plan")
 
     @abstractmethod
     def tolerance(self, device: str) -> float:

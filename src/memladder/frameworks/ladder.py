@@ -17,7 +17,12 @@ from typing import TYPE_CHECKING
 from memladder import formats
 from memladder.case import FIGURE_SYSTEMS, Case
 from memladder.frameworks.base import Availability, Framework, Job, Session, Setting
-from memladder.frameworks.torch_common import cuda_build, memory_errors
+from memladder.frameworks.torch_common import (
+    compute_capability,
+    cuda_build,
+    installed,
+    memory_errors,
+)
 from memladder.models.weights import fill_hidden_states
 
 if TYPE_CHECKING:
@@ -46,6 +51,7 @@ class Ladder(Framework):
     """The engine with one format for activations and one for weights."""
 
     packages = ("torch", "triton", "transformers", "safetensors")
+    rounds_as_layer = False
 
     def __init__(self, activation: str, weight: str) -> None:
         self.activation = activation
@@ -56,7 +62,7 @@ class Ladder(Framework):
         """On CUDA it needs a CUDA build of torch, Triton, and a GPU that has what it uses."""
         needed = _NEEDED if device == "cpu" else _NEEDED + _NEEDED_ON_CUDA
         install = _INSTALL[device.partition(":")[0]]
-        missing = [name for name in needed if not _installed(name)]
+        missing = [name for name in needed if not installed(name)]
         if missing:
             return Availability(False, None, f"{', '.join(missing)} not installed", install)
         version = importlib.metadata.version("torch")
@@ -68,7 +74,7 @@ class Ladder(Framework):
         return Availability(reason is None, version, reason)
 
     def _too_old(self, device: str) -> str | None:
-        found = _capability(device)
+        found = compute_capability(device)
         least = _LEAST_FP8 if "fp8" in self.weight else _LEAST
         if found is None or found >= least:
             return None
@@ -242,27 +248,6 @@ class _Session(Session):
             "workspace": self._workspace_bytes,
             "arena_lower_bound": self._planned.lower_bound,
         }
-
-
-def _installed(name: str) -> bool:
-    try:
-        return importlib.util.find_spec(name) is not None
-    except ModuleNotFoundError:
-        # The package around it is missing.
-        return False
-
-
-def _capability(device: str) -> tuple[int, int] | None:
-    """Compute capability of `cuda:N`; None where the driver does not tell."""
-    import pynvml
-
-    try:
-        pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByIndex(int(device.partition(":")[2] or 0))
-        major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
-    except pynvml.NVMLError:
-        return None
-    return int(major), int(minor)
 
 
 def _variants() -> dict[str, Ladder]:

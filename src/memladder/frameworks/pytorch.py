@@ -9,6 +9,7 @@ import importlib.util
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from memladder.case import Case
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
+    from memladder.models.layer import Layer
+
 _INSTALL = "pip install 'memladder[pytorch]'"
 _NEEDED = ("torch", "transformers", "safetensors")
 _TOLERANCE = {"cpu": 1.6e-2, "cuda": 2e-3}
@@ -35,7 +38,7 @@ class PyTorch(Framework):
     """torch.compile with Inductor, CPU or CUDA."""
 
     title = "PyTorch-Inductor"
-    packages = ("torch", "triton", "transformers", "safetensors")
+    packages: tuple[str, ...] = ("torch", "triton", "transformers", "safetensors")
 
     def availability(self, device: str) -> Availability:
         """CUDA needs a CUDA build, which torch's version file names without torch's import."""
@@ -52,21 +55,8 @@ class PyTorch(Framework):
         return Availability(True, version)
 
     def environment(self, case: Case) -> Mapping[str, str]:
-        """No compiled code from earlier runs, and on CUDA no compiling pool and a tight allocator.
-
-        Every run compiles anew: a cached kernel would spare the second repeat what the first one
-        needed. On the CPU a thread a core waits for the C++ compiler. torch 2.9 renamed
-        PYTORCH_CUDA_ALLOC_CONF; both names are set.
-        """
-        common = {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
-        if case.device == "cpu":
-            return common | {"TORCHINDUCTOR_COMPILE_THREADS": str(len(os.sched_getaffinity(0)))}
-        return common | {
-            "TORCHINDUCTOR_COMPILE_THREADS": "1",
-            "CUDA_MODULE_LOADING": "LAZY",
-            "PYTORCH_ALLOC_CONF": "expandable_segments:True",
-            "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
-        }
+        """`inductor_environment`."""
+        return inductor_environment(case)
 
     def prepare(self, job: Job) -> None:
         """The layer's weights."""
@@ -85,10 +75,30 @@ class PyTorch(Framework):
 
     def session(self, job: Job, announce: Callable[[str], None]) -> Session:
         """Import torch and the layer's module."""
-        return _Session(job, announce)
+        return InductorSession(job, announce)
 
 
-class _Session(Session):
+def inductor_environment(case: Case) -> Mapping[str, str]:
+    """No compiled code from earlier runs, and on CUDA no compiling pool and a tight allocator.
+
+    Every run compiles anew: a cached kernel would spare the second repeat what the first one
+    needed. On the CPU a thread a core waits for the C++ compiler. torch 2.9 renamed
+    PYTORCH_CUDA_ALLOC_CONF; both names are set.
+    """
+    common = {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
+    if case.device == "cpu":
+        return common | {"TORCHINDUCTOR_COMPILE_THREADS": str(len(os.sched_getaffinity(0)))}
+    return common | {
+        "TORCHINDUCTOR_COMPILE_THREADS": "1",
+        "CUDA_MODULE_LOADING": "LAZY",
+        "PYTORCH_ALLOC_CONF": "expandable_segments:True",
+        "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+    }
+
+
+class InductorSession(Session):
+    """A layer of torch modules, compiled as one graph of static shapes."""
+
     def __init__(self, job: Job, announce: Callable[[str], None]) -> None:
         super().__init__(job, announce)
         # Compiled code goes where all made files go, unless the user has said otherwise.
@@ -103,7 +113,15 @@ class _Session(Session):
         self._torch = torch
         self._load = layer.load
         self._device = torch.device(job.case.device)
-        self._dtype, self._dtype_reason = _dtype(self._device)
+        self._dtype, self._dtype_reason = self.dtype()
+
+    def dtype(self) -> tuple[torch.dtype, str]:
+        """What the layer computes in, and why."""
+        return layer_dtype(self._device)
+
+    def place(self, path: Path) -> Layer:
+        """The layer of a weights' file, on the device."""
+        return self._load(self.job.config, path, self.job.case.shape, self._dtype, self._device)
 
     def context(self) -> None:
         """Bring CUDA up and choose the device."""
@@ -116,12 +134,11 @@ class _Session(Session):
         job = self.job
         path = weights.ensure(job.config, job.cache_dir, job.seed)
         with memory_errors():
-            self._layer = self._load(job.config, path, job.case.shape, self._dtype, self._device)
+            self._layer = self.place(path)
             states = self._torch.from_numpy(
                 weights.hidden_states(job.config, job.case.shape, job.seed)
             )
             self._states = states.to(device=self._device, dtype=self._dtype)
-        assert self._held() == weights.weight_bytes(job.config)
 
     def compile(self) -> None:
         """Compile, inside the first pass, and let go of what only compiling needed."""
@@ -176,14 +193,14 @@ class _Session(Session):
             "dtype_reason": self._dtype_reason,
             "empty_cache_after_first_run": self._device.type == "cuda",
             "threads": self._torch.get_num_threads(),
-            **PyTorch().environment(self.job.case),
+            **inductor_environment(self.job.case),
         }
 
     def categories(self) -> Mapping[str, int]:
         """Parameters and other inputs; on CUDA what the caching allocator hands out and holds."""
         found = {
-            "weights": self._held(),
-            "buffers": sum(tensor.nbytes for tensor in self._layer.buffers()),
+            **self.held(),
+            "buffers": sum(tensor.nbytes for tensor in self._layer.buffers(recurse=False)),
         }
         if self._device.type == "cuda":
             stats = self._torch.cuda.memory_stats(self._device)
@@ -192,11 +209,12 @@ class _Session(Session):
                 found[f"allocator_{name}_peak"] = stats[f"{name}_bytes.all.peak"]
         return found
 
-    def _held(self) -> int:
-        return sum(parameter.nbytes for parameter in self._layer.parameters())
+    def held(self) -> Mapping[str, int]:
+        """Bytes of the parameters, as `weights`."""
+        return {"weights": sum(parameter.nbytes for parameter in self._layer.parameters())}
 
 
-def _dtype(device: torch.device) -> tuple[torch.dtype, str]:
+def layer_dtype(device: torch.device) -> tuple[torch.dtype, str]:
     """float16 wherever its matrix products are compiled in; bfloat16 takes two bytes as well.
 
     On a CPU without float16 instructions oneDNN has no float16 kernels, and PyTorch's own are ten

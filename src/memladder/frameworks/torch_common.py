@@ -1,4 +1,4 @@
-"""What the frameworks that stand on torch share."""
+"""What the frameworks that stand on torch, or ask for a kind of GPU, share."""
 
 from __future__ import annotations
 
@@ -42,3 +42,25 @@ def cuda_build() -> str | None:
     values = runpy.run_path(str(Path(spec.origin).with_name("version.py")))
     cuda: str | None = values.get("cuda")
     return cuda
+
+
+def compute_capability(device: str) -> tuple[int, int] | None:
+    """Compute capability of `cuda:N`; None where the driver does not tell."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByIndex(int(device.partition(":")[2] or 0))
+        major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
+    except pynvml.NVMLError:
+        return None
+    return int(major), int(minor)
+
+
+def installed(name: str) -> bool:
+    """Whether a module, which may be inside a package, can be imported."""
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:
+        # The package around it is missing.
+        return False

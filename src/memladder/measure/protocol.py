@@ -15,7 +15,7 @@ from pathlib import Path
 from memladder import serial
 from memladder.case import Case
 from memladder.errors import MemladderError
-from memladder.frameworks.base import Job, Setting
+from memladder.frameworks.base import Job, Plan, Setting
 from memladder.measure.record import Check, StructureCheck
 from memladder.models import LayerConfig
 from memladder.serial import StrEnum
@@ -32,6 +32,7 @@ class Mode(StrEnum):
     PREPARE = "prepare"
     MEASURE = "measure"
     VERIFY = "verify"
+    PLAN = "plan"
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,14 @@ class Checked:
     structure: StructureCheck | None = None
 
 
+@dataclass(frozen=True)
+class Planned:
+    """What the framework's compiler says of the job."""
+
+    plan: Plan
+    settings: Mapping[str, Setting]
+
+
 class Kind(StrEnum):
     """How a worker fails: a record's status, or a refusal, which is the caller's error."""
 
@@ -117,9 +126,9 @@ class Failure:
     hint: str | None
 
 
-Message = PhaseStart | Hold | Finished | Checked | Failure
+Message = PhaseStart | Hold | Finished | Checked | Planned | Failure
 _KINDS: dict[str, type[Message]] = {
-    kind.__name__: kind for kind in (PhaseStart, Hold, Finished, Checked, Failure)
+    kind.__name__: kind for kind in (PhaseStart, Hold, Finished, Checked, Planned, Failure)
 }
 
 

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from memladder import serial
 from memladder.case import Case, Shape
 from memladder.errors import MemladderError, RecordError
+from memladder.frameworks.base import Plan
 from memladder.serial import StrEnum
 
 SCHEMA = 1
@@ -176,7 +177,10 @@ class Run:
 
 @dataclass(frozen=True)
 class Record:
-    """One case and how it ended. Bytes exist only where `status` is `measured`."""
+    """One case and how it ended. Measured bytes exist only where `status` is `measured`.
+
+    `plan` is there where it is `planned`; `asked_bytes` is then all of the plan's bytes.
+    """
 
     case: Case
     status: Status
@@ -187,6 +191,7 @@ class Record:
     settings: Mapping[str, str | int | float | bool]
     environment: Environment
     runs: tuple[Run, ...]
+    plan: Plan | None = None
     schema: int = SCHEMA
 
     def __post_init__(self) -> None:
@@ -194,6 +199,10 @@ class Record:
             raise RecordError(f"schema {self.schema} is not {SCHEMA}, the one this version reads")
         if (self.status is Status.MEASURED) != bool(self.runs):
             raise RecordError(f"{self.case.id}: status {self.status} with {len(self.runs)} runs")
+        if (self.status is Status.PLANNED) != (self.plan is not None):
+            raise RecordError(f"{self.case.id}: status {self.status} and plan {self.plan}")
+        if self.plan is not None and self.asked_bytes != self.plan.nbytes:
+            raise RecordError(f"{self.case.id}: {self.asked_bytes} bytes, plan {self.plan.nbytes}")
         if self.status is not Status.MEASURED and not self.reason:
             raise RecordError(f"{self.case.id}: status {self.status} without a reason")
         for run in self.runs:

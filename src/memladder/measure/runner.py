@@ -108,6 +108,8 @@ def measure(
     problem = attempt.tell(0, Mode.PREPARE, 0.0).problem if prepare else None
     if problem is not None and problem.refused:
         raise UsageError(problem.reason)
+    if found.plans and problem is None:
+        return _planned(attempt, framework, found)
     while problem is None and len(runs) < repeats:
         outcome = attempt.measured(len(runs) + 1, steady_s)
         if isinstance(outcome, Problem):
@@ -125,6 +127,27 @@ def measure(
         settings={} if problem else {**settings, **variables},
         environment=environment.describe(case, framework),
         runs=() if problem else tuple(runs),
+    )
+
+
+def _planned(attempt: _Attempt, framework: Framework, found: Availability) -> Record:
+    """The record of a case that its framework's compiler plans, and that did not run."""
+    story = attempt.tell(0, Mode.PLAN, 0.0)
+    problem, planned = story.problem, story.planned
+    plan = planned.plan if planned and not problem else None
+    asked = problem.asked_bytes if problem else None
+    case = attempt.job.case
+    return Record(
+        case=case,
+        status=problem.status if problem else Status.PLANNED,
+        reason=problem.reason if problem else found.reason,
+        hint=problem.hint if problem else None,
+        asked_bytes=plan.nbytes if plan else asked,
+        layer=_facts(attempt.job),
+        settings=planned.settings if planned and not problem else {},
+        environment=environment.describe(case, framework),
+        runs=(),
+        plan=plan,
     )
 
 

@@ -24,6 +24,7 @@ from memladder.measure.protocol import (
     Mode,
     Order,
     PhaseStart,
+    Planned,
     decode,
     one_line,
 )
@@ -72,6 +73,7 @@ class Story:
     starts: list[PhaseStart] = field(default_factory=list)
     finished: Finished | None = None
     checked: list[Checked] = field(default_factory=list)
+    planned: Planned | None = None
     samples: Samples = field(default_factory=Samples)
     others: Mapping[int, tuple[str, int | None]] = field(default_factory=dict)
     before: frozenset[int] = frozenset()
@@ -178,6 +180,8 @@ class Watch:
                 story.finished = message
             case Checked():
                 story.checked.append(message)
+            case Planned():
+                story.planned = message
             case Failure():
                 story.problem = story.problem or self._complaint(message)
 
@@ -236,6 +240,8 @@ class Watch:
                 return self.story.finished is not None
             case Mode.VERIFY:
                 return len(self.story.checked) == len(self._order.jobs)
+            case Mode.PLAN:
+                return self.story.planned is not None
             case Mode.PREPARE:
                 return True
 

@@ -30,6 +30,7 @@ from memladder.measure.protocol import (
     Mode,
     Order,
     PhaseStart,
+    Planned,
     decode_order,
     encode,
     one_line,
@@ -49,7 +50,7 @@ _HEAD_TOKENS = 32
 def main(arguments: list[str]) -> int:
     """Do what the order on standard input says; exit status 0 when it was done."""
     channel = Channel(int(arguments[0]))
-    work = {Mode.PREPARE: _prepare, Mode.MEASURE: _measure, Mode.VERIFY: _verify}
+    work = {Mode.PREPARE: _prepare, Mode.MEASURE: _measure, Mode.VERIFY: _verify, Mode.PLAN: _plan}
     try:
         work[channel.order.mode](channel.order, channel)
     except BaseException as error:
@@ -121,6 +122,13 @@ def _framework(order: Order) -> Framework:
 
 def _prepare(order: Order, _: Channel) -> None:
     _framework(order).prepare(order.jobs[0].job())
+
+
+def _plan(order: Order, channel: Channel) -> None:
+    framework, job = _framework(order), order.jobs[0].job()
+    plan, settings = framework.plan(job)
+    _held_weights(framework, job, plan.parts)
+    channel.send(Planned(plan, dict(settings)))
 
 
 def _measure(order: Order, channel: Channel) -> None:
@@ -242,12 +250,12 @@ def _compared(framework: Framework, job: Job, session: Session) -> Checked:
 
     whole = check(job.case.shape.seq_len, bound)
     dtype = settings.get("dtype")
-    if not whole.agrees and own is None and isinstance(dtype, str):
+    if not whole.agrees and framework.rounds_as_layer and isinstance(dtype, str):
         # The layer itself may be no closer to float32 in this dtype: `reference.rounding` says why.
         least = reference.rounding(job.config, path, job.case.shape, job.seed, dtype, true)
         whole = check(job.case.shape.seq_len, max(bound, _OWN_ROUNDINGS * least))
-    # With a reference of its own, the whole output had to meet the plain bound.
-    if own is not None or job.case.shape.seq_len <= _HEAD_TOKENS:
+    # Else the whole output had to meet the plain bound.
+    if not framework.rounds_as_layer or job.case.shape.seq_len <= _HEAD_TOKENS:
         return Checked((whole,), settings)
     return Checked((whole, check(_HEAD_TOKENS, bound)), settings)
 

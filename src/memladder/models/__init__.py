@@ -24,7 +24,16 @@ from typing import Any
 
 from memladder.errors import ConfigError, UsageError
 
-_NOT_MODELS = {"cache", "fields", "layer", "onnx_export", "onnx_rules", "reference", "weights"}
+_NOT_MODELS = {
+    "cache",
+    "fields",
+    "gguf_export",
+    "layer",
+    "onnx_export",
+    "onnx_rules",
+    "reference",
+    "weights",
+}
 _MAX_CONFIG_BYTES = 16 << 20
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TypeAlias
 
+from memladder import frameworks
 from memladder.case import FIGURE_SYSTEMS, Shape
 from memladder.errors import UsageError
 from memladder.measure.record import Record, Source, Status, Verification
@@ -45,8 +46,9 @@ class Cell:
 def cells_from(records: Sequence[Record], verifications: Sequence[Verification]) -> dict[Key, Cell]:
     """The figure's cells. A measured value counts only if its framework was found to agree.
 
-    Raises UsageError when the records are of different machines, of different configurations of a
-    model, or hold a case twice: one picture can't show that honestly.
+    Raises UsageError when the measured records are of different machines, or the records of
+    different configurations of a model, or when one holds a case twice: one picture can't show
+    that honestly.
     """
     ensure_one_machine(records)
     _ensure_one_layer(records)
@@ -60,7 +62,11 @@ def cells_from(records: Sequence[Record], verifications: Sequence[Verification])
 
 
 def ensure_one_machine(records: Sequence[Record]) -> None:
-    """Raises UsageError, naming what differs, unless all records are of the same machine."""
+    """Raises UsageError, naming what differs, unless all records are of the same machine.
+
+    A plan is a word on its own target, wherever it was made: planned records may be of another.
+    """
+    records = [record for record in records if record.plan is None]
     for record in records[1:]:
         first, other = records[0].environment.machine, record.environment.machine
         if first != other:
@@ -76,8 +82,49 @@ def ensure_one_machine(records: Sequence[Record]) -> None:
             )
 
 
+def system_label(system: str) -> str:
+    """A system's name in the figure: the paper's, the framework's title, or else the key."""
+    if system in FIGURE_SYSTEMS:
+        return FIGURE_SYSTEMS[system]
+    return frameworks.get(system).title if system in frameworks.names() else system
+
+
+def plain_name(part: str) -> str:
+    """A part of a plan as a person says it.
+
+    >>> plain_name("cuda_context")
+    'CUDA context'
+    """
+    return part.replace("_", " ").replace("cuda", "CUDA")
+
+
+def representative(records: Sequence[Record]) -> Record:
+    """A record that tells the machine of them all: one that is not planned, if there is any."""
+    return next((record for record in records if record.plan is None), records[0])
+
+
 def notes_from(records: Sequence[Record]) -> tuple[str, ...]:
     """The figure's footnotes: what the bars are, how and when they were measured."""
+    return (*_measured_notes(records), *_planned_notes(records))
+
+
+def _planned_notes(records: Sequence[Record]) -> tuple[str, ...]:
+    """A line for each compiler and target: whose plan it is, and what in it is assumed."""
+    found: dict[str, None] = {}
+    for record in records:
+        if (plan := record.plan) is not None:
+            system = system_label(record.case.framework)
+            assumed = " and ".join(
+                f"{format_bytes(size)} of {plain_name(name)}" for name, size in plan.assumed.items()
+            )
+            found[
+                f"{system} is planned by {plan.compiler} for {plan.target}, and did not run"
+                + (f"; {assumed} are assumed in it." if assumed else ".")
+            ] = None
+    return tuple(found)
+
+
+def _measured_notes(records: Sequence[Record]) -> tuple[str, ...]:
     runs = [run for record in records for run in record.runs]
     if not runs:
         return ("Nothing was measured.",)
@@ -88,12 +135,12 @@ def notes_from(records: Sequence[Record]) -> tuple[str, ...]:
     times = " or ".join(map(str, repeats))
     how = "one process a case" if repeats == [1] else f"median of {times} processes a case"
     dtypes = {
-        FIGURE_SYSTEMS.get(record.case.framework, record.case.framework): str(dtype)
+        system_label(record.case.framework): f"{does} {dtype}"
         for record in records
-        for name in ("dtype", "matrix_dtype")
+        for name, does in (("dtype", "computes in"), ("matrix_dtype", "keeps its matrices in"))
         if (dtype := record.settings.get(name, _DTYPE)) != _DTYPE
     }
-    others = "; ".join(f"{system} keeps its matrices in {dtypes[system]}" for system in dtypes)
+    others = "; ".join(f"{system} {what}" for system, what in dtypes.items())
     versions = ", ".join(sorted({record.environment.memladder for record in records}))
     polls = min(run.polls_per_s for run in runs)
     return (
@@ -108,7 +155,7 @@ def device_label(records: Sequence[Record]) -> str:
     if not records:
         raise UsageError("there are no records to show")
     ensure_one_machine(records)
-    machine = records[0].environment.machine
+    machine = representative(records).environment.machine
     driver = f", driver {machine.driver}" if machine.driver else ""
     return f"{machine.device}{driver}"
 

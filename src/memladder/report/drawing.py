@@ -21,8 +21,8 @@ from matplotlib.ticker import FixedFormatter, FixedLocator, NullFormatter
 from memladder.case import FIGURE_MODELS, Shape
 from memladder.files import write_atomic
 from memladder.report import style
-from memladder.report.cells import Key
-from memladder.report.layout import POINTS, Content, Look, Page, system_label
+from memladder.report.cells import Key, system_label
+from memladder.report.layout import POINTS, Content, Look, Page
 from memladder.report.scale import Scale, tick_label
 
 

@@ -9,7 +9,7 @@ from enum import Enum
 
 from memladder.case import FIGURE_SYSTEMS, Shape
 from memladder.report import style
-from memladder.report.cells import Key
+from memladder.report.cells import Key, system_label
 
 POINTS = 72.0
 """Points in an inch."""
@@ -149,11 +149,6 @@ class Page:
     def row(self, group: int, place: int) -> float:
         """Where a system's bar stands, in rows from the panel's top."""
         return group * self.group_rows + style.HEADING_ROWS + place + 0.35
-
-
-def system_label(system: str) -> str:
-    """A system's name in the figure: the paper's, or the framework's key."""
-    return FIGURE_SYSTEMS.get(system, system)
 
 
 def text_width(text: str, size: float) -> float:

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from memladder.measure.record import Record, Run
+from memladder.report.cells import plain_name
 from memladder.units import format_bytes, mib
 
 
@@ -40,6 +41,13 @@ def _facts(record: Record) -> Table:
         facts["parameters"] = f"{record.layer.parameters:,}"
         facts["weights at fp16"] = format_bytes(record.layer.weight_bytes)
         facts["layer"] = " ".join(f"{key}={value}" for key, value in record.layer.config.items())
+    if (plan := record.plan) is not None:
+        facts["planned for"] = f"{plan.target}, by {plan.compiler}"
+        facts |= {plain_name(name): format_bytes(size) for name, size in plan.parts.items()}
+        facts |= {
+            f"{plain_name(name)}, assumed": format_bytes(size)
+            for name, size in plan.assumed.items()
+        }
     driver = f", driver {machine.driver}, CUDA {machine.cuda}" if machine.driver else ""
     facts["device"] = f"{machine.device}, {format_bytes(machine.device_memory_bytes)}{driver}"
     facts["host"] = (

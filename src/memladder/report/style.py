@@ -23,8 +23,8 @@ COLOURS = {
     "ladder_mxfp8_mxfp8": "#66A9DA",
     "ladder_int8_int1": "#8FC3E8",
 }
-# Systems that the paper does not have: earth tones, which no colour above is near.
-OTHER_COLOURS = ("#6B4A2B", "#A47C48", "#8A8F3C")
+# Systems that the paper does not have: earth tones and a dark teal, which no colour above is near.
+OTHER_COLOURS = ("#6B4A2B", "#A47C48", "#8A8F3C", "#2F6B62", "#C9ADA0")
 
 INK = "#1A1A1A"
 QUIET = "#5C5C5C"

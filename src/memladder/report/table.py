@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 
 from memladder.measure.record import Record, Status, Verification
-from memladder.report.cells import ensure_one_machine
+from memladder.report.cells import ensure_one_machine, plain_name, representative
 from memladder.report.published import published
 from memladder.units import format_bytes, mib
 
@@ -31,7 +31,8 @@ _MEANINGS = {
 class Row:
     """One case. The order of the fields is the order of the columns, everywhere.
 
-    `asked_mib` is what a plan or prediction asks for, or the allocation that ran out of memory.
+    `device` is where it ran, or what it is planned for. `asked_mib` is what a plan or prediction
+    asks for, or the allocation that ran out of memory.
     """
 
     id: str
@@ -96,6 +97,7 @@ def to_markdown_report(
         "## Cases",
         to_markdown(rows(ran, custom=custom)),
         _legend(ran),
+        *_plans(ran),
         "## Not available here",
         _unavailable(records),
         "## Verification",
@@ -114,7 +116,7 @@ def _row(record: Record, published_mib: int | None) -> Row:
         framework=case.framework,
         batch_size=case.shape.batch_size,
         seq_len=case.shape.seq_len,
-        device=_one_line(record.environment.machine.device),
+        device=_one_line(record.plan.target if record.plan else record.environment.machine.device),
         status=record.status.value,
         steady_mib=_mib(record.steady_bytes),
         peak_mib=_mib(record.peak_bytes),
@@ -169,7 +171,7 @@ def _markdown(
 def _environment(records: Sequence[Record]) -> str:
     if not records:
         return "No records."
-    machine = records[0].environment.machine
+    machine = representative(records).environment.machine
     environments = [record.environment for record in records]
     packages: dict[str, set[str]] = {}
     for environment in environments:
@@ -197,6 +199,26 @@ def _legend(records: Iterable[Record]) -> str:
     seen = {record.status for record in records}
     meanings = [f"*{status}*: {_MEANINGS[status]}" for status in Status if status in seen]
     return "; ".join([*meanings, "sizes in MiB (2^20 bytes)"]) + "."
+
+
+def _plans(records: Iterable[Record]) -> list[str]:
+    """What each plan consists of; nothing where there is none."""
+    lines = [
+        (
+            record.case.id,
+            record.plan.compiler,
+            record.plan.target,
+            "; ".join(f"{plain_name(n)} {mib(size):.1f}" for n, size in record.plan.parts.items()),
+            "; ".join(
+                f"{plain_name(n)} {mib(size):.1f}" for n, size in record.plan.assumed.items()
+            ),
+            f"{mib(record.plan.nbytes):.1f}",
+        )
+        for record in records
+        if record.plan is not None
+    ]
+    columns = ("id", "compiler", "planned for", "parts, MiB", "assumed, MiB", "sum, MiB")
+    return ["## Planned, not run", _markdown(columns, lines, ("sum, MiB",))] if lines else []
 
 
 def _unavailable(records: Iterable[Record]) -> str:

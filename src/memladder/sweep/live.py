@@ -26,7 +26,9 @@ _STYLES = {
 
 
 def cell_text(record: Record) -> str:
-    """What a table's cell says of a record: MiB where measured, else the status."""
+    """What a table's cell says of a record: MiB where measured or planned, else the status."""
+    if record.plan is not None:
+        return f"{mib(record.plan.nbytes):,.0f} {record.status}"
     if record.steady_bytes is None:
         return str(record.status)
     return f"{mib(record.steady_bytes):,.0f}"

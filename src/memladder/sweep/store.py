@@ -169,7 +169,9 @@ def merge_results(path: Path, records: list[Record], verifications: list[Verific
 
 
 def _key(record: Record) -> tuple[str, str, str]:
-    return record.case.id, record.case.device, record.layer.digest if record.layer else ""
+    """What a record is the only one of. A plan is of its target, wherever it was made."""
+    place = record.case.device if record.plan is None else record.plan.target
+    return record.case.id, place, record.layer.digest if record.layer else ""
 
 
 def _dumps_results(results: Results) -> str:

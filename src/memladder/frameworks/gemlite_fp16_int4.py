@@ -1,0 +1,87 @@
+"""gemlite's int4: groups of 128 along a row, an fp16 scale each, codes around 8.
+
+gemlite brings kernels and packing, and takes a matrix that is quantised: here by `formats.int4`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from memladder.frameworks.base import Availability, Job, Setting
+from memladder.frameworks.torch_quantised import Quantised, group_size
+from memladder.models import LayerConfig
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+_SCALE_BYTES = 2
+_ZERO = 8
+
+
+class GemLiteInt4(Quantised):
+    """GemLiteLinear with 4-bit weights."""
+
+    title = "gemlite-W_INT4 A_FP16"
+    package = "gemlite"
+    packages = ("gemlite", "torch", "triton", "transformers", "safetensors")
+
+    def availability(self, device: str) -> Availability:
+        """Its kernels are Triton's."""
+        found = super().availability(device)
+        if found.available and device == "cpu":
+            return Availability(False, found.version, "gemlite's kernels run on GPUs only")
+        return found
+
+    def quantise(self, linear: nn.Linear, config: LayerConfig) -> nn.Module:
+        """A GemLiteLinear."""
+        from gemlite import DType, GemLiteLinear
+
+        made: Any = GemLiteLinear(
+            W_nbits=4,
+            group_size=group_size(config),
+            in_features=linear.in_features,
+            out_features=linear.out_features,
+            input_dtype=DType.FP16,
+            output_dtype=DType.FP16,
+        )
+        matrix = _int4(config).quantise(linear.weight.data)
+        made.pack(matrix.codes, matrix.scales, _ZERO, bias=linear.bias)
+        module: nn.Module = made
+        return module
+
+    def held(self, module: nn.Module) -> Mapping[str, int]:
+        """Codes and scales; what says of which kind they are is beside them."""
+        sizes = {name: tensor.nbytes for name, tensor in module.named_parameters()}
+        weights = sizes.pop("W_q") + sizes.pop("scales")
+        sizes.pop("bias", None)
+        return {"weights": weights, "tables": sum(sizes.values())}
+
+    def dequantised(self, module: nn.Module) -> torch.Tensor:
+        """Codes, unpacked from words of 32 bits along the columns, times scales."""
+        import torch
+
+        words = module.get_parameter("W_q").cpu()  # [in / 8, out]
+        shifts = torch.arange(0, 32, 4, dtype=words.dtype)
+        codes = (words.unsqueeze(1) >> shifts.view(1, -1, 1)) & 15  # [in / 8, 8, out]
+        scales = module.get_parameter("scales").float().cpu()  # [groups, out]
+        values = (codes.flatten(0, 1).float() - _ZERO).view(scales.shape[0], -1, scales.shape[1])
+        return (values * scales.unsqueeze(1)).flatten(0, 1).t().contiguous()
+
+    def matrix_bytes(self, rows: int, columns: int, job: Job) -> int:
+        """Half a byte an element, an fp16 scale a group."""
+        return rows * columns // 2 + _SCALE_BYTES * rows * columns // group_size(job.config)
+
+    def format_settings(self, config: LayerConfig) -> Mapping[str, Setting]:
+        """Groups."""
+        return {"group_size": group_size(config), "zero": _ZERO, "packing_bitwidth": 32}
+
+
+def _int4(config: LayerConfig) -> Any:
+    from memladder.formats.int4 import Int4
+
+    return Int4(group_size=group_size(config))
+
+
+FRAMEWORK = GemLiteInt4()
