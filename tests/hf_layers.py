@@ -6,6 +6,7 @@ recorded from a forward pass, and becomes constants of the export.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import warnings
 from collections.abc import Mapping
@@ -110,10 +111,8 @@ def layer(name: str, batch_size: int, seq_len: int, dtype: torch.dtype, attentio
         raise _StopError
 
     blocks[0].register_forward_pre_hook(note, with_kwargs=True)
-    try:
+    with contextlib.suppress(_StopError):
         model(torch.zeros(batch_size, seq_len, dtype=torch.long))
-    except _StopError:
-        pass
     blocks[0]._forward_pre_hooks.clear()
     blocks[0]._forward_pre_hooks_with_kwargs.clear()
     blocks[0].requires_grad_(False)

@@ -32,6 +32,20 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu_,
 }
 
+FUNCTIONS: Mapping[str, Callable[..., Tensor]] = {
+    **{name: function for name, function in ACTIVATIONS.items() if name},
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "relu_squared": lambda x: torch.relu(x).square(),
+    "plus": torch.add,
+    "scale": torch.mul,
+    "clip": torch.clamp,
+    "add": torch.add,
+    "mul": torch.mul,
+}
+"""What `pointwise` computes: of an element, and of a number or two or another element."""
+
 
 def rms_norm(x: Tensor, weight: Tensor, out: Tensor, *, eps: float) -> None:
     """out = x / √(mean(x²) + eps) · weight, row by row (Zhang and Sennrich 2019).
@@ -54,6 +68,35 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor, *, eps: flo
         values -= values.mean(dim=1, keepdim=True)
         values *= torch.rsqrt(values.square().mean(dim=1, keepdim=True) + eps)
         out[part] = values.mul_(weight.float()).add_(bias.float())
+
+
+def rms_norm_heads(x: Tensor, weight: Tensor, out: Tensor, *, eps: float) -> None:
+    """`rms_norm` of every head: x, out [rows, heads · d], may be the same; weight [d]."""
+    rms_norm(x.view(-1, len(weight)), weight, out.view(-1, len(weight)), eps=eps)
+
+
+def layer_norm_heads(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor, *, eps: float) -> None:
+    """`layer_norm` of every head: x, out [rows, heads · d], may be the same; weight, bias [d]."""
+    layer_norm(x.view(-1, len(weight)), weight, bias, out.view(-1, len(weight)), eps=eps)
+
+
+def pointwise(
+    x: Tensor,
+    out: Tensor,
+    *,
+    function: str,
+    other: Tensor | None = None,
+    number: float = 0.0,
+    most: float = 0.0,
+) -> None:
+    """out = function(x), or of x and `other`, or of x and `number` (clip: and `most`).
+
+    x, other, out [rows, columns], may be the same. `function` is one of `FUNCTIONS`.
+    """
+    numbers = {"plus": (number,), "scale": (number,), "clip": (number, most)}.get(function, ())
+    for part in _row_blocks(x):
+        operands = [x[part].float()] if other is None else [x[part].float(), other[part].float()]
+        out[part] = FUNCTIONS[function](*operands, *numbers)
 
 
 def quantise(x: Tensor, codes: Tensor, scales: Tensor, *, format: str) -> None:

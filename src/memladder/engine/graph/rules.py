@@ -18,6 +18,7 @@ from torch import Tensor
 
 from memladder.engine.graph.evaluate import POINTWISE, evaluate_from
 from memladder.engine.graph.nodes import (
+    Attention,
     ByColumn,
     Columns,
     Graph,
@@ -27,6 +28,7 @@ from memladder.engine.graph.nodes import (
     Nodes,
     Norm,
     Pointwise,
+    Rotary,
     ordered,
 )
 
@@ -75,7 +77,8 @@ def function(node: Node, nodes: Nodes) -> Node | None:
         if node.operands == (leaf,) and node.function in FUNCTIONS:
             continue
         probe = torch.linspace(-9, 9, 577, dtype=torch.float64).unsqueeze(1)
-        found = evaluate_from(node, leaf, probe.expand(-1, leaf.columns))
+        # All columns are alike: one is enough.
+        found = evaluate_from(node, leaf, probe)
         name = _nearest(found, {name: POINTWISE[name](probe) for name in FUNCTIONS})
         if name is not None:
             return nodes(Pointwise(node.columns, node.source, str(name), (leaf,)))
@@ -91,6 +94,8 @@ def norm(node: Node, nodes: Nodes) -> Node | None:
             continue
         within = _between(node, leaf)
         groups = {other.group for other in within if isinstance(other, Mean | Norm)}
+        if not groups:
+            continue
         epsilons = {
             o.numbers[0] for o in within if isinstance(o, Pointwise) and o.function == "plus"
         }
@@ -159,9 +164,34 @@ def scaled_linear(node: Node, nodes: Nodes) -> Node | None:
     return nodes(replace(x, weight=weight, bias=vector))
 
 
+def attention_scale(node: Node, nodes: Nodes) -> Node | None:
+    """Attention whose scale is not 1 / √head_dim: its queries are scaled by what is missing."""
+    if not isinstance(node, Attention) or node.softcap is not None:
+        return None
+    usual = (node.query.columns // node.heads) ** -0.5
+    factor = node.scale / usual
+    if abs(factor - 1) < _NEAR:
+        return None
+    query = _times(node.query, factor, nodes)
+    return nodes(replace(node, query=query, scale=usual))
+
+
+def _times(node: Node, factor: float, nodes: Nodes) -> Node:
+    """The node times a number, put into weights where there are some."""
+    number = np.float32(factor)
+    if isinstance(node, Rotary):
+        return nodes(replace(node, x=_times(node.x, factor, nodes)))
+    if isinstance(node, Norm):
+        weight = np.ones(node.columns, np.float32) if node.weight is None else node.weight
+        bias = None if node.bias is None else node.bias * number
+        return nodes(replace(node, weight=weight * number, bias=bias))
+    scaled = nodes(Pointwise(node.columns, node.source, "scale", (node,), (factor,)))
+    return scaled_linear(scaled, nodes) or scaled
+
+
 RULES: tuple[Rule, ...] = (function, norm, centred, affine_norm, bias)
 """Recognise functions."""
-FOLDS: tuple[Rule, ...] = (scaled_linear,)
+FOLDS: tuple[Rule, ...] = (scaled_linear, attention_scale)
 """Put numbers into weights, when no function is in the making any more."""
 
 

@@ -4,6 +4,7 @@ They run on NVIDIA GPUs, and on the CPU under Triton's interpreter.
 """
 
 from memladder.kernels.cuda.attention import attention
+from memladder.kernels.cuda.pointwise import layer_norm_heads, pointwise, rms_norm_heads
 from memladder.kernels.cuda.products import glu, matmul, qkv, use_workspace, workspace_bytes
 from memladder.kernels.cuda.rows import layer_norm, quantise, rms_norm, rotary
 from memladder.kernels.cuda.target import INTERPRETED, has_wgmma
@@ -14,10 +15,13 @@ __all__ = [
     "glu",
     "has_wgmma",
     "layer_norm",
+    "layer_norm_heads",
     "matmul",
+    "pointwise",
     "qkv",
     "quantise",
     "rms_norm",
+    "rms_norm_heads",
     "rotary",
     "use_workspace",
     "workspace_bytes",

@@ -92,7 +92,8 @@ def _norm(kind: str) -> Rule:
         if any(isinstance(f, str) for a in x.axes[axis:] for f in a):
             raise LayoutError("a norm over tokens")
         node = converter.flat(x)
-        eps = float(operator.attributes.get("epsilon", 1e-5))
+        # float32 in the file: the number that was meant is the shortest one that rounds to it.
+        eps = float(str(np.float32(operator.attributes.get("epsilon", 1e-5))))
         weight, bias = (
             _by_column(x, given[i]) if len(given) > i and given[i] is not None else None
             for i in (1, 2)

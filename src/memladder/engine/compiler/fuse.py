@@ -1,0 +1,347 @@
+"""Canonical nodes joined to what one kernel computes.
+
+A product takes its bias, activation and residual along; gate and up of a gated MLP are one; query,
+key and value of the same rows are one, with their rotation. What is in between never reaches global
+memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from memladder.case import Shape
+from memladder.engine.graph.nodes import (
+    Attention,
+    Graph,
+    Input,
+    Linear,
+    Node,
+    Norm,
+    Pointwise,
+    Rotary,
+    Weight,
+    consumers,
+    ordered,
+)
+from memladder.errors import GraphError
+from memladder.kernels import naive
+
+
+@dataclass(frozen=True, eq=False)
+class Product(Node):
+    """activation(x · Wᵀ + bias) + residual; the weight by its name."""
+
+    x: Node
+    weight: str
+    activation: str = ""
+    residual: Node | None = None
+
+    @property
+    def inputs(self) -> tuple[Node, ...]:
+        """x and residual."""
+        return (self.x,) if self.residual is None else (self.residual, self.x)
+
+
+@dataclass(frozen=True, eq=False)
+class Glu(Node):
+    """activation(x · Gᵀ + bias) · (x · Uᵀ + bias)."""
+
+    x: Node
+    gate: str
+    up: str
+    activation: str
+
+    @property
+    def inputs(self) -> tuple[Node, ...]:
+        """x."""
+        return (self.x,)
+
+
+@dataclass(frozen=True, eq=False)
+class NamedNorm(Node):
+    """A norm whose weight and bias have a name; over heads if `group` is less than all columns."""
+
+    x: Node
+    kind: str
+    name: str
+    group: int
+    eps: float
+
+    @property
+    def inputs(self) -> tuple[Node, ...]:
+        """x."""
+        return (self.x,)
+
+
+@dataclass(frozen=True)
+class Fused:
+    """A layer in kernels, and what they hold: matrices, fp16 vectors, float32 constants.
+
+    `projected`: one kernel makes query, key and value, which are products of the same rows; and
+    rotates queries and keys if they are `rotated`.
+    """
+
+    shape: Shape
+    input: Node
+    output: Node
+    attention: Attention | None
+    projected: bool
+    rotated: bool
+    matrices: Mapping[str, Weight]
+    vectors: Mapping[str, np.ndarray]
+    constants: Mapping[str, np.ndarray]
+
+
+def fuse(graph: Graph) -> Fused:
+    """Kernels for a canonical graph.
+
+    Raises GraphError, naming the node, for what no kernel computes.
+    """
+    return _Fuser(graph).fused()
+
+
+class _Fuser:
+    def __init__(self, graph: Graph) -> None:
+        self._graph = graph
+        self._readers = consumers(graph)
+        self._matrices: dict[str, Weight] = {}
+        self._vectors: dict[str, np.ndarray] = {}
+        self._constants: dict[str, np.ndarray] = {}
+        self._made: dict[int, Node] = {id(graph.input): graph.input}
+        self._attention: Attention | None = None
+        self._projected = False
+        self._projections: dict[int, str] = {}
+        # What queries, keys and values are projected from.
+        self._projected_from: set[int] = set()
+        for node in graph.nodes():
+            if isinstance(node, Attention):
+                for name, operand in zip(("query", "key", "value"), node.inputs, strict=True):
+                    while isinstance(operand, Norm | Rotary):
+                        operand = operand.x
+                    if isinstance(operand, Linear):
+                        self._projections[id(operand)] = name
+                        self._projected_from.add(id(operand.x))
+
+    def fused(self) -> Fused:
+        """All of the graph."""
+        output = self._node(self._graph.output)
+        return Fused(
+            self._graph.shape,
+            self._graph.input,
+            output,
+            self._attention,
+            self._projected,
+            self._projected and "rotary.frequencies" in self._constants,
+            self._matrices,
+            self._vectors,
+            self._constants,
+        )
+
+    def _node(self, node: Node) -> Node:
+        """Depth first, so that names and steps are in the order of need."""
+        if id(node) not in self._made:
+            rule = _RULES.get(type(node))
+            if rule is None:
+                raise GraphError(f"no kernel for {type(node).__name__.lower()} {node.source!r}")
+            self._made[id(node)] = rule(self, node)
+        return self._made[id(node)]
+
+    def _alone(self, node: Node) -> bool:
+        return len(self._readers[id(node)]) == 1
+
+    def _linear(self, node: Linear, activation: str = "", residual: Node | None = None) -> Product:
+        """`residual` was made already."""
+        x = self._node(node.x)
+        name = self._matrix(node, self._role(node))
+        return Product(node.columns, node.source, x, name, activation, residual)
+
+    def _role(self, node: Linear) -> str:
+        """What the field calls that product, or `linear`."""
+        if id(node) in self._projections:
+            return self._projections[id(node)]
+        if isinstance(node.x, Attention):
+            return "output"
+        if _is_inner(node.x):
+            return "down"
+        return "up" if any(_is_inner(reader) for reader in self._readers[id(node)]) else "linear"
+
+    def _matrix(self, node: Linear, stem: str) -> str:
+        name = _free(stem, self._matrices)
+        self._matrices[name] = node.weight
+        if node.bias is not None:
+            self._vectors[f"{name}.bias"] = node.bias
+        return name
+
+    def _pointwise(self, node: Pointwise) -> Node:
+        if node.function == "add":
+            total = self._sum(node)
+            if total is not None:
+                return total
+        if node.function == "mul":
+            for gate, up in (node.operands, node.operands[::-1]):
+                found = self._activated(gate)
+                if (
+                    found is not None
+                    and isinstance(up, Linear)
+                    and self._alone(gate)
+                    and self._alone(up)
+                    and found[0].x is up.x
+                    and found[0].columns == up.columns
+                    and (found[0].bias is None) == (up.bias is None)
+                ):
+                    x = self._node(up.x)
+                    names = self._matrix(found[0], "gate"), self._matrix(up, "up")
+                    return Glu(node.columns, node.source, x, *names, found[1])
+        activated = self._activated(node)
+        if activated is not None:
+            return self._linear(*activated)
+        if node.function not in naive.FUNCTIONS:
+            raise GraphError(f"no kernel for {node.function} {node.source!r}")
+        return replace(node, operands=tuple(self._node(operand) for operand in node.operands))
+
+    def _sum(self, node: Pointwise) -> Node | None:
+        """Products that are added up: each takes what was added before it as its residual."""
+        addends = self._addends(node)
+        order = {id(other): i for i, other in enumerate(ordered(node))}
+        addends.sort(key=lambda addend: order[id(addend)])
+        last = [a for a in addends if self._alone(a) and self._activated(a) is not None]
+        if not last or len(addends) < 2:
+            return None
+        rest = [self._node(addend) for addend in addends if addend not in last]
+        total = rest[0] if rest else None
+        for other in rest[1:]:
+            assert total is not None
+            total = Pointwise(node.columns, node.source, "add", (total, other))
+        for addend in last:
+            activated = self._activated(addend)
+            assert activated is not None
+            total = self._linear(*activated, residual=total)
+        return total
+
+    def _addends(self, node: Node) -> list[Node]:
+        """What is added up to the node."""
+        if not isinstance(node, Pointwise) or node.function != "add":
+            return [node]
+        parts = []
+        for operand in node.operands:
+            parts += self._addends(operand) if self._alone(operand) else [operand]
+        return parts
+
+    def _activated(self, node: Node) -> tuple[Linear, str] | None:
+        """The linear layer under an activation that a product can apply, or alone."""
+        if isinstance(node, Linear):
+            return node, ""
+        if (
+            isinstance(node, Pointwise)
+            and node.function in naive.ACTIVATIONS
+            and isinstance(node.operands[0], Linear)
+            and self._alone(node.operands[0])
+        ):
+            return node.operands[0], node.function
+        return None
+
+    def _norm(self, node: Norm) -> NamedNorm:
+        x = self._node(node.x)
+        stem = "norm"
+        if any(isinstance(reader, Linear) for reader in self._readers[id(node)]):
+            stem = "attention_norm" if id(node) in self._projected_from else "mlp_norm"
+        name = _free(stem, {key.rpartition(".")[0] for key in self._vectors})
+        weight = np.ones(node.columns, np.float32) if node.weight is None else node.weight
+        self._vectors[f"{name}.weight"] = self._by_head(node, weight)
+        if node.kind == "layer":
+            bias = np.zeros(node.columns, np.float32) if node.bias is None else node.bias
+            self._vectors[f"{name}.bias"] = self._by_head(node, bias)
+        elif node.bias is not None:
+            raise GraphError(f"no kernel for a root mean square norm with bias {node.source!r}")
+        return NamedNorm(node.columns, node.source, x, node.kind, name, node.group, node.eps)
+
+    @staticmethod
+    def _by_head(node: Norm, vector: np.ndarray) -> np.ndarray:
+        by_head = vector.reshape(-1, node.group)
+        if (by_head != by_head[:1]).any():
+            raise GraphError(f"no kernel for a norm with other weights a head {node.source!r}")
+        first: np.ndarray = by_head[0]
+        return first
+
+    def _rotary(self, node: Rotary) -> Rotary:
+        self._frequencies(node)
+        return replace(node, x=self._node(node.x))
+
+    def _frequencies(self, node: Rotary) -> None:
+        known = self._constants.setdefault("rotary.frequencies", node.frequencies)
+        if not np.array_equal(known, node.frequencies):
+            raise GraphError(f"no kernel for rotary positions of two kinds {node.source!r}")
+
+    def _attend(self, node: Attention) -> Attention:
+        self._check(node)
+        projections = [_projection(x) for x in (node.query, node.key, node.value)]
+        linears = [p[0] for p in projections if p is not None]
+        rotations = [p[1] for p in projections if p is not None]
+        self._projected = (
+            len(linears) == 3
+            and all(linear.x is linears[0].x for linear in linears)
+            and len({linear.bias is None for linear in linears}) == 1
+            and rotations[2] is None
+            and (rotations[0] is None) == (rotations[1] is None)
+        )
+        if node.slopes is not None:
+            self._constants["alibi.slopes"] = node.slopes
+        if not self._projected:
+            made = [self._node(x) for x in (node.query, node.key, node.value)]
+        else:
+            x = self._node(linears[0].x)
+            made = []
+            for name, linear, rotary in zip(
+                ("query", "key", "value"), linears, rotations, strict=True
+            ):
+                self._matrix(linear, name)
+                if rotary is not None:
+                    self._frequencies(rotary)
+                made.append(Product(linear.columns, linear.source, x, name))
+        self._attention = replace(node, query=made[0], key=made[1], value=made[2])
+        return self._attention
+
+    def _check(self, node: Attention) -> None:
+        if self._attention is not None:
+            raise GraphError(f"a layer with two attentions: {node.source!r} is the second")
+        size = node.query.columns // node.heads
+        for what, wrong in (
+            (f"a sliding window of {node.window} tokens", node.window is not None),
+            (f"a soft cap of {node.softcap}", node.softcap is not None),
+            ("values of another head size than keys", node.columns // node.heads != size),
+            (f"scale {node.scale}", not np.isclose(node.scale, size**-0.5, rtol=1e-3)),
+        ):
+            if wrong:
+                raise GraphError(f"no kernel for attention with {what}: {node.source!r}")
+
+
+def _projection(node: Node) -> tuple[Linear, Rotary | None] | None:
+    """A linear layer, and its rotation if there is one."""
+    if isinstance(node, Rotary) and isinstance(node.x, Linear):
+        return node.x, node
+    return (node, None) if isinstance(node, Linear) else None
+
+
+def _is_inner(node: Node) -> bool:
+    """Is it what lies between an MLP's products?"""
+    return isinstance(node, Pointwise) and node.function not in ("add", "scale", "plus")
+
+
+def _free(stem: str, taken: Any) -> str:
+    if stem not in taken:
+        return stem
+    return next(name for i in range(2, len(taken) + 3) if (name := f"{stem}_{i}") not in taken)
+
+
+_RULES: Mapping[type[Node], Any] = {
+    Input: lambda _, node: node,
+    Linear: _Fuser._linear,
+    Pointwise: _Fuser._pointwise,
+    Norm: _Fuser._norm,
+    Rotary: _Fuser._rotary,
+    Attention: _Fuser._attend,
+}
