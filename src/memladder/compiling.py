@@ -33,7 +33,7 @@ def compile_model(model: Path, options: Options, out: Path) -> None:
             bundle.pack(
                 found.fused, found.formats, found.format, part / bundle.WEIGHTS, progress=progress
             )
-        text = bundle.program_json(found.graph.shape, found.program, found.plan)
+        text = bundle.program_json(found.fused, found.program, found.plan)
         write_atomic(part / bundle.PROGRAM, text)
         write_atomic(part / "schedule.md", schedule.markdown(found, model.name, options.engine))
         write_atomic(part / "arena.svg", schedule.arena_svg(found.program, found.plan))
@@ -54,7 +54,7 @@ def run_folder(folder: Path, given: Path, out: Path) -> None:
     from memladder.engine.execute import Execution, arena_bytes
     from memladder.kernels import naive
 
-    compiled = bundle.load(folder)
+    compiled = bundle.load(folder / bundle.PROGRAM, folder / bundle.WEIGHTS)
     states = _states(given)
     width = next(b.columns for b in compiled.program.buffers if b.name == compiled.program.input)
     wanted = (compiled.shape.batch_size, compiled.shape.seq_len, width)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -78,26 +78,29 @@ def pack(
     progress: Progress | None = None,
 ) -> tuple[MatrixReport, ...]:
     """Write the weights, block by block. Raises FormatError as `packing.pack` does."""
-    described = {
-        "memladder_compiled": str(_VERSION),
-        "default": str(default),
-        "formats": json.dumps({name: str(kind) for name, kind in kinds.items()}),
-        "shapes": json.dumps({n: [len(w.rows), w.columns] for n, w in fused.matrices.items()}),
-        "vectors": json.dumps({name: len(vector) for name, vector in fused.vectors.items()}),
-        "constants": json.dumps({name: len(vector) for name, vector in fused.constants.items()}),
-    }
     return packing.write(
         path,
-        described,
+        described(fused, kinds, default),
         {
             name: Blocks(kinds[name], len(w.rows), w.columns, w.array.name, _reader(w))
             for name, w in fused.matrices.items()
         },
         {name: Blocks(None, len(v), 1, name, _part(v)) for name, v in fused.vectors.items()},
-        {name: torch.from_numpy(np.array(v)) for name, v in fused.constants.items()},
+        {},
         judge=judge,
         progress=progress,
     )
+
+
+def described(fused: Fused, kinds: Mapping[str, Format], default: Format) -> dict[str, str]:
+    """What the weights' file says about itself: what it must hold follows."""
+    return {
+        "memladder_compiled": str(_VERSION),
+        "default": str(default),
+        "formats": json.dumps({name: str(kind) for name, kind in kinds.items()}),
+        "shapes": json.dumps({n: [len(w.rows), w.columns] for n, w in fused.matrices.items()}),
+        "vectors": json.dumps({name: len(vector) for name, vector in fused.vectors.items()}),
+    }
 
 
 def _reader(weight: Weight) -> Callable[[int, int], Tensor]:
@@ -119,18 +122,15 @@ def _part(vector: np.ndarray) -> Callable[[int, int], Tensor]:
 def load_weights(path: Path) -> Weights:
     """The weights of `pack`, memory-mapped. Raises FormatError for any other file."""
     with packed_layer.opened(path) as file:
-        described = file.metadata() or {}
+        said = file.metadata() or {}
         try:
-            if described["memladder_compiled"] != str(_VERSION):
+            if said["memladder_compiled"] != str(_VERSION):
                 raise ValueError("another version")
-            kinds = {n: formats.get(k) for n, k in json.loads(described["formats"]).items()}
-            shapes = json.loads(described["shapes"])
-            vectors, constants = (json.loads(described[k]) for k in ("vectors", "constants"))
-            default = formats.get(described["default"])
+            kinds = {n: formats.get(k) for n, k in json.loads(said["formats"]).items()}
+            shapes, vectors = json.loads(said["shapes"]), json.loads(said["vectors"])
+            default = formats.get(said["default"])
             table = packed_layer.tensor_table(
-                {name: (kinds[name], *shape) for name, shape in shapes.items()},
-                vectors,
-                constants,
+                {name: (kinds[name], *shape) for name, shape in shapes.items()}, vectors, {}
             )
         except (KeyError, ValueError, TypeError, AttributeError, RecursionError):
             raise FormatError(f"{path}: not the weights of a compiled layer") from None
@@ -139,11 +139,12 @@ def load_weights(path: Path) -> Weights:
         name: packed_layer.packed_matrix(kinds[name], rows, columns, name, found)
         for name, (rows, columns) in shapes.items()
     }
-    return Weights(default, matrices, {name: found[name] for name in (*vectors, *constants)})
+    return Weights(default, matrices, {name: found[name] for name in vectors})
 
 
-def program_json(shape: Shape, program: Program, planned: Plan) -> str:
+def program_json(fused: Fused, program: Program, planned: Plan) -> str:
     """Everything but the weights, as text that a person can read."""
+    shape = fused.shape
     found = {
         "memladder_program": _VERSION,
         "batch_size": shape.batch_size,
@@ -156,27 +157,32 @@ def program_json(shape: Shape, program: Program, planned: Plan) -> str:
             asdict(buffer) | {"offset": planned.offsets.get(buffer.name)}
             for buffer in program.buffers
         ],
+        "constants": {name: vector.tolist() for name, vector in fused.constants.items()},
         "steps": [asdict(step) for step in program.steps],
     }
     return json.dumps(found, indent=1) + "\n"
 
 
-def load(folder: Path) -> Compiled:
-    """A compiled layer. Raises FormatError for a folder that holds none."""
-    path = folder / PROGRAM
+def load(program: Path, weights: Path) -> Compiled:
+    """A compiled layer of its two files. Raises FormatError for files that are none."""
     try:
-        raw = json.loads(path.read_bytes())
-        shape, program = _program(raw)
+        raw = json.loads(program.read_bytes())
+        shape, steps = _program(raw)
+        constants = {
+            name: torch.tensor(vector, dtype=torch.float32)
+            for name, vector in raw["constants"].items()
+        }
     except OSError as error:
-        raise FormatError(f"{path}: {error.strerror or error}") from None
+        raise FormatError(f"{program}: {error.strerror or error}") from None
     except (ValueError, KeyError, TypeError, AttributeError, AssertionError, RecursionError):
-        raise FormatError(f"{path}: not a program of memladder") from None
-    weights = load_weights(folder / WEIGHTS)
-    known = weights.matrices.keys() | weights.vectors.keys()
-    lacking = {name for step in program.steps for name in step.weights.values()} - known
+        raise FormatError(f"{program}: not a program of memladder") from None
+    held = load_weights(weights)
+    held = replace(held, vectors={**held.vectors, **constants})
+    known = held.matrices.keys() | held.vectors.keys()
+    lacking = {name for step in steps.steps for name in step.weights.values()} - known
     if lacking:
-        raise FormatError(f"{folder / WEIGHTS}: {min(lacking)!r} is missing, which {path} reads")
-    return Compiled(shape, program, plan(program), weights)
+        raise FormatError(f"{weights}: {min(lacking)!r} is missing, which {program} reads")
+    return Compiled(shape, steps, plan(steps), held)
 
 
 def _program(raw: Mapping[str, Any]) -> tuple[Shape, Program]:
