@@ -4,7 +4,8 @@ A node is an index map: a tile [rows, columns] of its output needs so many rows 
 operand. Two nodes are connected in registers where the consumer needs just the tile that the
 producer has made, in shared memory where it needs more, but no more than fits; else the value goes
 through global memory. The tile of a product is that which moves the fewest bytes; of those alike,
-the one that leaves the fewest multiprocessors idle in its last wave.
+the one that computes the least beyond the output's edge, then the one that leaves the fewest
+multiprocessors idle in its last wave.
 """
 
 from __future__ import annotations
@@ -109,4 +110,9 @@ def cut(tokens: int, columns: int, k: int, weight_bytes: int) -> Cut:
             nbytes = weight_bytes * again + activation * times + tokens * columns * ITEM_BYTES
             waves = down * across / MULTIPROCESSORS
             found.append(Cut(rows, width, nbytes, waves))
-    return min(found, key=lambda c: (c.nbytes, math.ceil(c.waves) / c.waves, -c.rows * c.columns))
+
+    def cost(c: Cut) -> tuple[float, ...]:
+        area = c.rows * c.columns
+        return c.nbytes, c.waves * area, math.ceil(c.waves) / c.waves, -area
+
+    return min(found, key=cost)

@@ -56,6 +56,9 @@ def convert(model: Model) -> Graph:
     values: dict[str, Operand] = dict(model.constants)
     values[model.input] = views.whole(entry, axes, model.shape)
     for operator in model.operators:
+        unknown = [name for name in operator.inputs if name and name not in values]
+        if unknown:
+            raise GraphError(f"operator {operator} reads {unknown[0]!r}, which nothing computes")
         given = [values[name] if name else None for name in operator.inputs]
         constant = all(isinstance(operand, Array | None) for operand in given)
         if constant:

@@ -1,0 +1,89 @@
+"""Decoder layers of many architectures compiled from ONNX, run by the naive kernels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from memladder.engine.compiler import bundle
+from memladder.engine.compiler.compile import Options, compile_file
+from memladder.engine.execute import Execution, arena_bytes
+from memladder.errors import GraphError
+from memladder.kernels import naive
+from tests import hf_layers
+
+# transformers and the exporter warn about their own code.
+pytestmark = pytest.mark.filterwarnings("default")
+
+# Launches of the layer at one chunk: what its structure needs.
+LAUNCHES = {
+    **{"llama": 7, "bloom": 7, "bloom_6": 7, "opt": 7, "qwen2": 7, "gemma": 7, "mistral_full": 7},
+    **{"gpt_neox": 7, "falcon": 6, "falcon_grouped": 7, "falcon_alibi": 7, "phi": 6, "phi3": 7},
+    **{"gpt2": 7, "gptj": 6, "mpt": 7, "cohere": 6, "granite": 7, "helium": 7, "stablelm": 7},
+    # A square after the rectifier; norms of heads; norms after attention and MLP.
+    **{"nemotron": 8, "qwen3": 13, "olmo2": 15},
+}
+_EAGER = ("bloom", "bloom_6", "falcon", "falcon_alibi", "mpt")
+
+
+def run(path: Path, states: Tensor, folder: Path, options: Options) -> tuple[Tensor, int]:
+    """The compiled layer's output, and how many launches it takes."""
+    found = compile_file(path, options)
+    bundle.pack(found.fused, found.formats, found.format, folder / bundle.WEIGHTS)
+    text = bundle.program_json(found.fused, found.program, found.plan)
+    (folder / bundle.PROGRAM).write_text(text)
+    loaded = bundle.load(folder / bundle.PROGRAM, folder / bundle.WEIGHTS)
+    assert (loaded.program, loaded.plan) == (found.program, found.plan)
+    size = arena_bytes(loaded.program, loaded.plan, naive)
+    # NaN, so that nothing is read before it was written.
+    arena = torch.full((size,), 255, dtype=torch.uint8)
+    execution = Execution(loaded.program, loaded.plan, loaded.weights, naive, arena)
+    execution.input.copy_(states.half().flatten(0, 1))
+    execution.run()
+    return execution.output.view(states.shape).float(), len(found.program.steps)
+
+
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_the_compiled_layer_is_the_layer(name: str, tmp_path: Path) -> None:
+    module = hf_layers.layer(name, 2, 13, torch.float32, "eager" if name in _EAGER else "sdpa")
+    given = hf_layers.states(module, 2, 13, torch.float32)
+    path = hf_layers.export(module, given, tmp_path / "layer.onnx")
+    found, launches = run(path, given, tmp_path, Options("welder"))
+    assert hf_layers.relative_error(found, module(given)) <= 2e-3
+    assert launches == LAUNCHES[name]
+
+
+@pytest.mark.parametrize("name", ["gpt_neox", "qwen3"])
+def test_chunks_of_a_long_sequence(name: str, tmp_path: Path) -> None:
+    module = hf_layers.layer(name, 1, 150, torch.float32, "sdpa")
+    given = hf_layers.states(module, 1, 150, torch.float32)
+    path = hf_layers.export(module, given, tmp_path / "layer.onnx")
+    whole = compile_file(path, Options()).plan.nbytes
+    found, _ = run(path, given, tmp_path, Options(budget=whole * 2 // 3))
+    assert hf_layers.relative_error(found, module(given)) <= 2e-3
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("mistral", "no kernel for attention with a sliding window of 8 tokens: "),
+        ("gemma2", "no kernel for attention with a sliding window of 8 tokens: "),
+    ],
+)
+def test_what_has_no_kernel_is_named(name: str, said: str, tmp_path: Path) -> None:
+    module = hf_layers.layer(name, 1, 20, torch.float32, "eager")
+    given = hf_layers.states(module, 1, 20, torch.float32)
+    path = hf_layers.export(module, given, tmp_path / "layer.onnx")
+    with pytest.raises(GraphError, match=said):
+        compile_file(path, Options())
+
+
+def test_a_window_that_is_longer_than_the_sequence_is_none(tmp_path: Path) -> None:
+    module = hf_layers.layer("mistral", 2, 8, torch.float32, "eager")
+    given = hf_layers.states(module, 2, 8, torch.float32)
+    path = hf_layers.export(module, given, tmp_path / "layer.onnx")
+    found, _ = run(path, given, tmp_path, Options())
+    assert hf_layers.relative_error(found, module(given)) <= 2e-3
