@@ -198,7 +198,12 @@ def test_the_tile_of_a_product_moves_the_fewest_bytes() -> None:
     assert one.nbytes == 2 * (28672 * 8192 + 8192 + 28672)
     assert one.rows == 16
     many = tiles.cut(4096, 8192, 8192, 2 * 8192 * 8192)
+    assert tiles.cut(512, 57344, 8192, 2 * 57344 * 8192).nbytes == 2 * (
+        57344 * 8192 + 512 * 8192 + 512 * 57344
+    )
     assert (many.rows, many.columns) == (128, 256)
+    # 64 MiB twice: neither fits into half of the cache.
+    assert many.nbytes == 2 * (32 * 8192 * 8192 + 32 * 4096 * 8192 + 4096 * 8192)
 
 
 def test_traffic_is_counted_by_hand(cache_dir: Path) -> None:

@@ -36,7 +36,7 @@ _VERSION = 1
 KERNELS = frozenset(
     (
         *("matmul", "glu", "qkv", "rotary", "attention", "quantise", "pointwise"),
-        *("rms_norm", "layer_norm", "rms_norm_heads", "layer_norm_heads"),
+        *("rms_norm", "layer_norm", "rms_norm_heads", "layer_norm_heads", "windowed_attention"),
     )
 )
 """What a program may call: a file can't name anything else."""

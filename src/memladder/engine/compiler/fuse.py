@@ -310,8 +310,7 @@ class _Fuser:
             raise GraphError(f"a layer with two attentions: {node.source!r} is the second")
         size = node.query.columns // node.heads
         for what, wrong in (
-            (f"a sliding window of {node.window} tokens", node.window is not None),
-            (f"a soft cap of {node.softcap}", node.softcap is not None),
+            ("slopes, a window and a soft cap", node.slopes is not None and _windowed(node)),
             ("values of another head size than keys", node.columns // node.heads != size),
             (f"scale {node.scale}", not np.isclose(node.scale, size**-0.5, rtol=1e-3)),
         ):
@@ -324,6 +323,10 @@ def _projection(node: Node) -> tuple[Linear, Rotary | None] | None:
     if isinstance(node, Rotary) and isinstance(node.x, Linear):
         return node.x, node
     return (node, None) if isinstance(node, Linear) else None
+
+
+def _windowed(node: Attention) -> bool:
+    return node.window is not None or node.softcap is not None
 
 
 def _is_inner(node: Node) -> bool:

@@ -157,9 +157,20 @@ class _Chunk:
         # One sequence's chunk sees the keys up to its own last row; of several, each is whole.
         seen = key.count if several else self.position + self.size
         weights = {} if attention.slopes is None else {"slopes": "alibi.slopes"}
+        values: dict[str, Value] = {
+            "sequences": key.count // seq_len if several else 1,
+            "heads": attention.heads,
+            "kv_heads": attention.kv_heads,
+            # Rounding to 8 bits is a step function: it would make much of a small difference.
+            "exact": self.builder.activation is not None,
+        }
+        kernel = "attention"
+        if attention.window is not None or attention.softcap is not None:
+            kernel = "windowed_attention"
+            values |= {"window": attention.window or 0, "softcap": attention.softcap or 0.0}
         out = self.builder.new("attended", self.size, attention.columns)
         self.builder.step(
-            "attention",
+            kernel,
             {
                 "query": self.places[id(attention.query)],
                 "key": Rows(key.buffer, 0, seen),
@@ -167,13 +178,7 @@ class _Chunk:
             },
             {"out": out},
             weights,
-            {
-                "sequences": key.count // seq_len if several else 1,
-                "heads": attention.heads,
-                "kv_heads": attention.kv_heads,
-                # Rounding to 8 bits is a step function: it would make much of a small difference.
-                "exact": self.builder.activation is not None,
-            },
+            values,
             (("query", "out"),),
         )
         self.places[id(attention)] = out

@@ -3,9 +3,9 @@
 A node is an index map: a tile [rows, columns] of its output needs so many rows and columns of each
 operand. Two nodes are connected in registers where the consumer needs just the tile that the
 producer has made, in shared memory where it needs more, but no more than fits; else the value goes
-through global memory. The tile of a product is that which moves the fewest bytes; of those alike,
-the one that computes the least beyond the output's edge, then the one that leaves the fewest
-multiprocessors idle in its last wave.
+through global memory. The tile of a product is that which moves the fewest bytes from memory; of
+those alike, the fewest from the cache, counted for all multiprocessors that its last wave leaves
+idle; then the one that computes the least beyond the output's edge.
 """
 
 from __future__ import annotations
@@ -85,34 +85,34 @@ def connection(producer: Node, consumer: Node, tile: Tile) -> str:
 
 @dataclass(frozen=True)
 class Cut:
-    """A product's tile, the bytes that it moves, and its waves over the multiprocessors."""
+    """A product's tile; bytes from memory and from the cache; waves over the multiprocessors."""
 
     rows: int
     columns: int
     nbytes: int
+    cache_bytes: int
     waves: float
 
 
 def cut(tokens: int, columns: int, k: int, weight_bytes: int) -> Cut:
     """The tile of a product [tokens, columns] over K.
 
-    A weight is read once for each row of tiles, and the activation once for each column of tiles,
-    unless the cache holds them from the first time on.
+    A weight is read once for each row of tiles, and the activation once for each column of tiles:
+    from memory the first time, and again where neither fits into the cache.
     """
+    activation = tokens * k * ITEM_BYTES
+    fits = min(weight_bytes, activation) <= CACHE_BYTES // 2
     found = []
     for rows in _ROWS:
         for width in _COLUMNS:
             down, across = math.ceil(tokens / rows), math.ceil(columns / width)
-            activation = tokens * k * ITEM_BYTES
-            # Tiles of one column are computed next to each other: they share the weight's tile.
-            again = 1 if weight_bytes <= CACHE_BYTES // 2 or down <= MULTIPROCESSORS else down
-            times = 1 if activation <= CACHE_BYTES // 2 else across
-            nbytes = weight_bytes * again + activation * times + tokens * columns * ITEM_BYTES
-            waves = down * across / MULTIPROCESSORS
-            found.append(Cut(rows, width, nbytes, waves))
+            cached = weight_bytes * down + activation * across
+            moved = weight_bytes + activation if fits else cached
+            nbytes = moved + tokens * columns * ITEM_BYTES
+            found.append(Cut(rows, width, nbytes, cached, down * across / MULTIPROCESSORS))
 
     def cost(c: Cut) -> tuple[float, ...]:
-        area = c.rows * c.columns
-        return c.nbytes, c.waves * area, math.ceil(c.waves) / c.waves, -area
+        idle = math.ceil(c.waves) / c.waves
+        return c.nbytes, c.cache_bytes * idle, c.rows * c.columns * c.waves
 
     return min(found, key=cost)

@@ -166,7 +166,7 @@ def scaled_linear(node: Node, nodes: Nodes) -> Node | None:
 
 def attention_scale(node: Node, nodes: Nodes) -> Node | None:
     """Attention whose scale is not 1 / √head_dim: its queries are scaled by what is missing."""
-    if not isinstance(node, Attention) or node.softcap is not None:
+    if not isinstance(node, Attention):
         return None
     usual = (node.query.columns // node.heads) ** -0.5
     factor = node.scale / usual

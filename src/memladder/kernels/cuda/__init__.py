@@ -8,6 +8,7 @@ from memladder.kernels.cuda.pointwise import layer_norm_heads, pointwise, rms_no
 from memladder.kernels.cuda.products import glu, matmul, qkv, use_workspace, workspace_bytes
 from memladder.kernels.cuda.rows import layer_norm, quantise, rms_norm, rotary
 from memladder.kernels.cuda.target import INTERPRETED, has_wgmma
+from memladder.kernels.cuda.window import windowed_attention
 
 __all__ = [
     "INTERPRETED",
@@ -24,5 +25,6 @@ __all__ = [
     "rms_norm_heads",
     "rotary",
     "use_workspace",
+    "windowed_attention",
     "workspace_bytes",
 ]
