@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def compile_model(model: Path, options: Options, out: Path) -> None:
     """Compile an ONNX file into a new folder. Nothing is left there if it can't be done."""
     from memladder.actions import progress_bar
-    from memladder.engine.compiler import bundle, schedule
+    from memladder.engine.compiler import arena, bundle, schedule
     from memladder.engine.compiler.compile import compile_file
 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -36,7 +36,7 @@ def compile_model(model: Path, options: Options, out: Path) -> None:
         text = bundle.program_json(found.fused, found.program, found.plan)
         write_atomic(part / bundle.PROGRAM, text)
         write_atomic(part / "schedule.md", schedule.markdown(found, model.name, options.engine))
-        write_atomic(part / "arena.svg", schedule.arena_svg(found.program, found.plan))
+        arena.draw(found.program, found.plan, part / "arena.svg")
     print(_summary(found, out))
 
 
@@ -61,8 +61,8 @@ def run_folder(folder: Path, given: Path, out: Path) -> None:
     if states.shape != wanted:
         raise UsageError(f"{given}: shape {list(states.shape)}; {list(wanted)} wanted")
     size = arena_bytes(compiled.program, compiled.plan, naive)
-    arena = torch.empty(size, dtype=torch.uint8)
-    execution = Execution(compiled.program, compiled.plan, compiled.weights, naive, arena)
+    memory = torch.empty(size, dtype=torch.uint8)
+    execution = Execution(compiled.program, compiled.plan, compiled.weights, naive, memory)
     execution.input.copy_(torch.from_numpy(states.astype(np.float16)).view(-1, width))
     with torch.inference_mode():
         execution.run()

@@ -13,7 +13,7 @@ import torch
 from memladder import formats, models
 from memladder.case import Shape
 from memladder.engine import packed_layer, packing, programs
-from memladder.engine.compiler import bundle, schedule, tiles
+from memladder.engine.compiler import arena, bundle, schedule, tiles
 from memladder.engine.compiler.compile import Options, compile_file
 from memladder.engine.compiler.fuse import Fused, Product, fuse
 from memladder.engine.compiler.lower import lower
@@ -219,15 +219,18 @@ def test_traffic_is_counted_by_hand(cache_dir: Path) -> None:
     assert schedule.unfused_bytes(found.graph, sizes) > schedule.fused_bytes(found)
 
 
-def test_the_schedule_says_what_was_done(cache_dir: Path) -> None:
+def test_the_schedule_says_what_was_done(cache_dir: Path, tmp_path: Path) -> None:
     found = compile_file(exported("bloom", "1x1025", cache_dir), Options(format="int4"))
     text = schedule.markdown(found, "bloom.onnx", "ladder")
     assert "# bloom.onnx, compiled by ladder" in text
     assert "weights int4" in text
     assert "none is measured" in text
     assert f"{len(found.program.steps)} launches" in text
-    svg = schedule.arena_svg(found.program, found.plan)
-    assert svg.count("<title>") == len(found.program.lifetimes())
+    arena.draw(found.program, found.plan, tmp_path / "arena.svg")
+    drawn = (tmp_path / "arena.svg").read_text()
+    assert all(buffer.partition(".")[0] in drawn for buffer in found.program.lifetimes())
+    arena.draw(found.program, found.plan, tmp_path / "again.svg")
+    assert (tmp_path / "again.svg").read_text() == drawn
 
 
 def test_steps_of_a_graph_without_attention(tmp_path: Path) -> None:

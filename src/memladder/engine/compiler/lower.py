@@ -78,7 +78,7 @@ def _cut(fused: Fused, attention: Attention) -> Node:
             and not isinstance(node, Attention)
         ):
             return node
-    raise AssertionError("the output itself is such a node")
+    raise GraphError(f"a layer that ends with attention {attention.source!r}")
 
 
 def _attention_part(builder: Builder, fused: Fused, attention: Attention, end: Node) -> None:
@@ -137,8 +137,11 @@ class _Chunk:
                 named["query"] = self.builder.new("query", self.size, attention.query.columns)
             self._qkv(x, attention, named)
         else:
-            for name in targets:
-                self.emit(getattr(attention, name), targets[name])
+            for name, target in targets.items():
+                if self.emit(getattr(attention, name), target) != target:
+                    raise GraphError(
+                        f"attention {attention.source!r} whose {name} is no projection"
+                    )
             if query:
                 named["query"] = self.emit(attention.query)
         for name, rows in named.items():

@@ -1,4 +1,4 @@
-"""A compiled layer's schedule for people: kernels, tiles, traffic, and the arena as a picture.
+"""A compiled layer's schedule for people: kernels, tiles, traffic.
 
 All numbers here are predicted, from shapes alone.
 """
@@ -6,20 +6,14 @@ All numbers here are predicted, from shapes alone.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from xml.sax.saxutils import escape
 
 from memladder.engine.compiler.compile import Result
 from memladder.engine.compiler.lower import lower
 from memladder.engine.compiler.tiles import ITEM_BYTES, connection, cut
 from memladder.engine.graph.nodes import Attention, Graph, Input, Linear
-from memladder.engine.plan import Plan
 from memladder.engine.program import Program, Rows, Step
 from memladder.kernels.packed import matrix_bytes
 from memladder.units import mib
-
-# Okabe and Ito 2008: told apart by everyone.
-_COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442", "#999999")
-_WIDTH, _HEIGHT, _LEFT, _TOP, _RIGHT = 960, 420, 90, 30, 170
 
 
 def weight_sizes(found: Result) -> dict[str, int]:
@@ -167,55 +161,3 @@ def _kernels(found: Result, sizes: Mapping[str, int]) -> Iterator[str]:
 def _buffers(rows: Mapping[str, Rows]) -> list[str]:
     """Buffers without the number that tells chunks apart."""
     return list(dict.fromkeys(part.buffer.partition(".")[0] for part in rows.values()))
-
-
-def arena_svg(program: Program, planned: Plan) -> str:
-    """Buffers as boxes: steps to the right, bytes upwards."""
-    lifetimes = program.lifetimes()
-    steps, top = len(program.steps), max(planned.nbytes, 1)
-    stems = list(dict.fromkeys(b.name.partition(".")[0] for b in program.buffers))
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" '
-        'font-family="sans-serif" font-size="12">',
-        f'<rect width="{_WIDTH}" height="{_HEIGHT}" fill="white"/>',
-    ]
-    width, height = _WIDTH - _LEFT - _RIGHT, _HEIGHT - _TOP - 50
-    for buffer in program.buffers:
-        if buffer.name not in lifetimes:
-            continue
-        first, last = lifetimes[buffer.name]
-        x = _LEFT + width * max(first, 0) / steps
-        right = _LEFT + width * min(last + 1, steps) / steps
-        tall = max(height * buffer.nbytes / top, 0.5)
-        y = _TOP + height * (1 - planned.offsets[buffer.name] / top) - tall
-        colour = _COLOURS[stems.index(buffer.name.partition(".")[0]) % len(_COLOURS)]
-        parts.append(
-            f'<rect x="{x:.1f}" y="{y:.1f}" width="{right - x:.1f}" height="{tall:.1f}" '
-            f'fill="{colour}" fill-opacity="0.75" stroke="white" stroke-width="0.5">'
-            f"<title>{escape(buffer.name)}: {mib(buffer.nbytes):,.2f} MiB, "
-            f"steps {first} to {last}</title></rect>"
-        )
-    parts += _axes(steps, planned.nbytes, width, height)
-    for number, stem in enumerate(stems):
-        y = _TOP + 10 + 20 * number
-        colour = _COLOURS[number % len(_COLOURS)]
-        left = _LEFT + width + 20
-        parts.append(f'<rect x="{left}" y="{y - 10}" width="12" height="12" fill="{colour}"/>')
-        parts.append(f'<text x="{left + 18}" y="{y}">{escape(stem)}</text>')
-    return "\n".join([*parts, "</svg>", ""])
-
-
-def _axes(steps: int, nbytes: int, width: int, height: int) -> Iterator[str]:
-    bottom = _TOP + height
-    yield f'<path d="M{_LEFT} {_TOP}V{bottom}H{_LEFT + width}" fill="none" stroke="black"/>'
-    for part in (0, 1, 2, 3, 4):
-        y = bottom - height * part / 4
-        yield (
-            f'<text x="{_LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">'
-            f"{mib(nbytes * part // 4):,.2f}</text>"
-        )
-    for step in sorted({0, steps // 2, steps}):
-        x = _LEFT + width * step / steps
-        yield f'<text x="{x:.1f}" y="{bottom + 18}" text-anchor="middle">{step}</text>'
-    yield f'<text x="{_LEFT + width / 2}" y="{bottom + 38}" text-anchor="middle">step</text>'
-    yield f'<text x="{_LEFT - 8}" y="{_TOP - 12}" text-anchor="end">arena, MiB</text>'
