@@ -326,13 +326,19 @@ def compile_layer(
 ) -> None:
     """Compile a layer from ONNX: program, packed weights, schedule."""
     from memladder import compiling
-    from memladder.engine.compiler.compile import Options
 
-    budget = None if memory_budget is None else _count("memory budget", memory_budget, MAX_MIB)
-    options = Options(
-        engine, form, activation, tuple(keep or ()), None if budget is None else budget << 20
+    budget = None
+    if memory_budget is not None:
+        budget = _count("memory budget", memory_budget, MAX_MIB) << 20
+    compiling.compile_model(
+        model,
+        out,
+        engine=engine,
+        form=form,
+        activation=activation,
+        kept=tuple(keep or ()),
+        budget=budget,
     )
-    compiling.compile_model(model, options, out)
 
 
 @app.command("run")

@@ -9,22 +9,39 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from memladder.errors import UsageError
+from memladder.errors import UnavailableError, UsageError
 from memladder.files import write_atomic
 from memladder.units import format_bytes
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from memladder.engine.compiler.compile import Options, Result
+    from memladder.engine.compiler.compile import Result
 
 
-def compile_model(model: Path, options: Options, out: Path) -> None:
-    """Compile an ONNX file into a new folder. Nothing is left there if it can't be done."""
+def compile_model(
+    model: Path,
+    out: Path,
+    *,
+    engine: str,
+    form: str,
+    activation: str | None,
+    kept: tuple[str, ...],
+    budget: int | None,
+) -> None:
+    """Compile an ONNX file into a new folder. Nothing is left there if it can't be done.
+
+    `budget`: bytes of the arena; the rest as in `Options`.
+    """
     from memladder.actions import progress_bar
-    from memladder.engine.compiler import arena, bundle, schedule
-    from memladder.engine.compiler.compile import compile_file
 
+    with _needed("compile"):
+        import onnx  # noqa: F401  (it is imported where a file is read)
+
+        from memladder.engine.compiler import arena, bundle, schedule
+        from memladder.engine.compiler.compile import Options, compile_file
+
+    options = Options(engine, form, activation, kept, budget)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out} is in use; name a new folder, or an empty one")
     found = compile_file(model, options)
@@ -47,10 +64,11 @@ def _summary(found: Result, out: Path) -> str:
 
 def run_folder(folder: Path, given: Path, out: Path) -> None:
     """Run a compiled layer on the CPU, from one .npy file to another."""
-    import numpy as np
-    import torch
+    with _needed("run"):
+        import numpy as np
+        import torch
 
-    from memladder.engine.compiler import bundle
+        from memladder.engine.compiler import bundle
     from memladder.engine.execute import Execution, arena_bytes
     from memladder.kernels import naive
 
@@ -90,6 +108,17 @@ def _states(path: Path) -> np.ndarray:
         kind = getattr(found, "dtype", "an archive")
         raise UsageError(f"{path}: {kind}; float16 or float32 wanted")
     return found
+
+
+@contextmanager
+def _needed(command: str) -> Iterator[None]:
+    """A library that is not here is one line that says how to get it."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise UnavailableError(
+            f"{command} needs {error.name}", "pip install 'memladder[welder]'"
+        ) from None
 
 
 @contextmanager

@@ -133,6 +133,7 @@ def test_compiling_twice_is_the_same(cache_dir: Path) -> None:
         (Options("welder", activation="fp8"), "welder fuses and has no number format but fp16"),
         (Options("ladder", "int4", "int4"), "int4 is no activation format; allowed: fp16, fp8"),
         (Options("ladder", "int5"), "int5"),
+        (Options("ladder", "int8"), "format int8 is for activations, not for weights"),
     ],
 )
 def test_options_that_can_not_be(options: Options, said: str, cache_dir: Path) -> None:
