@@ -63,7 +63,7 @@ def test_chunks_of_a_long_sequence(name: str, tmp_path: Path) -> None:
     given = hf_layers.states(module, 1, 150, torch.float32)
     path = hf_layers.export(module, given, tmp_path / "layer.onnx")
     whole = compile_file(path, Options()).plan.nbytes
-    found, _ = run(path, given, tmp_path, Options(budget=whole * 2 // 3))
+    found, _ = run(path, given, tmp_path, Options(budget=whole * 4 // 5))
     assert hf_layers.relative_error(found, module(given)) <= 2e-3
 
 

@@ -114,7 +114,9 @@ def test_a_memory_budget_is_kept_and_used(cache_dir: Path) -> None:
     wide = compile_file(path, Options(budget=1 << 30))
     assert wide.chunk >= 1025
     assert len(wide.program.steps) == 7
-    with pytest.raises(UsageError, match=r"a memory budget of 0\.0 MiB is too small: .* is the le"):
+    with pytest.raises(
+        UsageError, match=r"a memory budget of 1,024 bytes is too small: [\d,]+ are the "
+    ):
         compile_file(path, Options(budget=1024))
 
 
@@ -133,7 +135,6 @@ def test_compiling_twice_is_the_same(cache_dir: Path) -> None:
         (Options("welder", activation="fp8"), "welder fuses and has no number format but fp16"),
         (Options("ladder", "int4", "int4"), "int4 is no activation format; allowed: fp16, fp8"),
         (Options("ladder", "int5"), "int5"),
-        (Options("ladder", "int8"), "format int8 is for activations, not for weights"),
     ],
 )
 def test_options_that_can_not_be(options: Options, said: str, cache_dir: Path) -> None:

@@ -16,7 +16,6 @@ from memladder.engine.program import Program
 from memladder.engine.programs.build import CHUNK
 from memladder.errors import UsageError
 from memladder.formats.base import Format
-from memladder.units import format_bytes
 
 ENGINES = ("welder", "ladder")
 
@@ -99,8 +98,8 @@ def within(
             return program, planned, chunk
         if chunk <= _LEAST_CHUNK:
             raise UsageError(
-                f"a memory budget of {format_bytes(budget)} is too small: "
-                f"{format_bytes(planned.nbytes)} is the least"
+                f"a memory budget of {budget:,} bytes is too small: "
+                f"{planned.nbytes:,} are the least"
             )
         chunk //= 2
 
