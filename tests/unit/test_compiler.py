@@ -15,7 +15,8 @@ from memladder.case import Shape
 from memladder.engine import packed_layer, packing, programs
 from memladder.engine.compiler import arena, bundle, schedule, tiles
 from memladder.engine.compiler.compile import Options, compile_file
-from memladder.engine.compiler.fuse import Fused, Product, fuse
+from memladder.engine.compiler.fuse import fuse
+from memladder.engine.compiler.fused import Fused, Product
 from memladder.engine.compiler.lower import lower
 from memladder.engine.graph import convert
 from memladder.engine.graph.nodes import Input, Linear, Norm, Pointwise

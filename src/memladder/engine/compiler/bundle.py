@@ -21,7 +21,7 @@ from torch import Tensor
 from memladder import formats
 from memladder.case import Shape
 from memladder.engine import packed_layer, packing
-from memladder.engine.compiler.fuse import Fused
+from memladder.engine.compiler.fused import Fused
 from memladder.engine.graph.nodes import Weight
 from memladder.engine.packed_layer import Weights
 from memladder.engine.packing import Blocks, MatrixReport, Progress

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from memladder import formats
 from memladder.engine.compiler.bundle import choose_formats
-from memladder.engine.compiler.fuse import Fused, fuse
+from memladder.engine.compiler.fuse import fuse
+from memladder.engine.compiler.fused import Fused
 from memladder.engine.compiler.lower import lower
 from memladder.engine.graph import convert
 from memladder.engine.graph.nodes import Graph

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from memladder.engine.compiler.fuse import Fused, Glu, NamedNorm, Product
+from memladder.engine.compiler.fused import Fused, Glu, NamedNorm, Product
 from memladder.engine.graph.nodes import Attention, Node, Pointwise, Rotary, ordered
 from memladder.engine.program import Program, Rows, Value
 from memladder.engine.programs.build import CHUNK, Builder, free_chunk, in_chunks

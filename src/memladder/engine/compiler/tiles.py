@@ -14,7 +14,7 @@ import math
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from memladder.engine.compiler.fuse import Glu, NamedNorm, Product
+from memladder.engine.compiler.fused import Glu, NamedNorm, Product
 from memladder.engine.graph.nodes import (
     Attention,
     Linear,

@@ -12,6 +12,7 @@ import numpy as np
 
 from memladder.case import Shape
 from memladder.engine.graph import onnx_file, rules, views
+from memladder.engine.graph.axes import Axes, LayoutError, token_axes
 from memladder.engine.graph.fold import fold
 from memladder.engine.graph.nodes import (
     Array,
@@ -31,7 +32,7 @@ from memladder.engine.graph.nodes import (
 from memladder.engine.graph.onnx_file import Model, Operator
 from memladder.engine.graph.positions import PositionError, read_rotation
 from memladder.engine.graph.scores import Scores
-from memladder.engine.graph.views import LayoutError, Term, Value
+from memladder.engine.graph.views import Term, Value
 from memladder.errors import GraphError
 
 Operand: TypeAlias = Array | Value | Scores | None
@@ -52,7 +53,7 @@ def convert(model: Model) -> Graph:
 
     converter = Converter(model.shape)
     entry = converter.nodes(Input(model.hidden_size, model.input))
-    axes = (*views.token_axes(model.shape), (model.hidden_size,))
+    axes = (*token_axes(model.shape), (model.hidden_size,))
     values: dict[str, Operand] = dict(model.constants)
     values[model.input] = views.whole(entry, axes, model.shape)
     for operator in model.operators:
@@ -103,7 +104,7 @@ class Converter:
         """The operator at work."""
         return "" if self.operator is None else self.operator.name
 
-    def whole(self, node: Node, axes: views.Axes) -> Value:
+    def whole(self, node: Node, axes: Axes) -> Value:
         """All of a node, as a value of those axes."""
         return views.whole(node, axes, self.tokens)
 

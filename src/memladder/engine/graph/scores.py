@@ -14,9 +14,19 @@ import numpy as np
 
 from memladder.case import Shape
 from memladder.engine.graph import views
+from memladder.engine.graph.axes import (
+    Axes,
+    Axis,
+    LayoutError,
+    align,
+    regroup,
+    same_for_all,
+    shape_of,
+    token_axes,
+)
 from memladder.engine.graph.nodes import Attention, Node
 from memladder.engine.graph.positions import Bias, read_bias
-from memladder.engine.graph.views import Axes, LayoutError, Value
+from memladder.engine.graph.views import Value
 
 if TYPE_CHECKING:
     from memladder.engine.graph.convert import Converter
@@ -39,7 +49,7 @@ class Scores:
     @property
     def shape(self) -> tuple[int, ...]:
         """As in the model."""
-        return views.shape_of(self.axes, self.query.tokens)
+        return shape_of(self.axes, self.query.tokens)
 
     def scaled(self, factor: float) -> Scores:
         """All scores times a number."""
@@ -67,12 +77,12 @@ class Scores:
         if self.softmaxed or (self.capped and self.softcap is None):
             raise LayoutError("a constant that is added to probabilities")
         tokens = self.query.tokens
-        aligned = views.align(self.axes, np.asarray(added, np.float32), tokens)
+        aligned = align(self.axes, np.asarray(added, np.float32), tokens)
         kinds = [f for axis in self.axes for f in axis]
         if tokens.seq_len == 1:
             # One key has all the weight, whatever its score.
             return self
-        aligned = views.same_for_all(aligned, [i for i, f in enumerate(kinds) if f == "b"])
+        aligned = same_for_all(aligned, [i for i, f in enumerate(kinds) if f == "b"])
         heads = [i for i, f in enumerate(kinds) if isinstance(f, int)]
         order = [i for i, f in enumerate(kinds) if f == "b"]
         order += [*heads, kinds.index("s"), kinds.index("k")]
@@ -91,19 +101,19 @@ class Scores:
 
     def reshaped(self, shape: tuple[int, ...]) -> Scores:
         """Batch axes regrouped."""
-        return replace(self, axes=views.regroup(self.axes, shape, self.query.tokens))
+        return replace(self, axes=regroup(self.axes, shape, self.query.tokens))
 
 
 def begin(query: Value, key: Value) -> Scores:
     """q · kᵀ. query [batch…, tokens, head_dim], key [batch…, tokens, head_dim]."""
     query, key = query.merged(), key.merged()
-    tokens = views.token_axes(query.tokens)[1]
+    tokens = token_axes(query.tokens)[1]
     for value in (query, key):
         if value.axes[-2] != tokens or not value.columns:
             raise LayoutError("a product of two activations that is no attention")
-    last: views.Axis = ("k",) if tokens else ()
+    last: Axis = ("k",) if tokens else ()
     batch = tuple(
-        one if views.shape_of((one,), query.tokens) != (1,) else other
+        one if shape_of((one,), query.tokens) != (1,) else other
         for one, other in zip(query.axes[:-2], key.axes[:-2], strict=True)
     )
     return Scores(query, key, (*batch, tokens, last))
@@ -113,7 +123,7 @@ def finish(converter: Converter, scores: Scores, value: Value) -> Value:
     """softmax(scores) · v, v [batch…, tokens, head_dim]."""
     value = value.merged()
     tokens = scores.query.tokens
-    if not scores.softmaxed or value.axes[-2] != views.token_axes(tokens)[1]:
+    if not scores.softmaxed or value.axes[-2] != token_axes(tokens)[1]:
         raise LayoutError("a product of two activations that is no attention")
     query, q_index, q_scale = _by_head(converter, scores.query)
     key, k_index, k_scale = _by_head(converter, scores.key)

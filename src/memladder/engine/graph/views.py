@@ -1,8 +1,7 @@
 """A tensor of the model as a choice of a node's columns: what layout operators become.
 
-The axes of a tensor are made of factors, in the manner of CuTe's layouts: `b` the sequences, `s`
-the tokens of one (in attention scores `k` the keys), and whole numbers, which are columns. A
-reshape regroups factors, a transpose orders them anew; columns are indices into the node's. So
+The axes of a tensor are made of factors (`axes`). A reshape regroups them, a transpose orders them
+anew; columns are indices into the node's. So
 [batch, heads, seq, head_dim] of a fused projection is a view of its [tokens, columns], and
 repeated heads of keys are indices that occur more than once.
 
@@ -13,22 +12,25 @@ a sum, however they are spelled.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TypeAlias
 
 import numpy as np
 
 from memladder.case import Shape
+from memladder.engine.graph.axes import (
+    Axes,
+    Axis,
+    LayoutError,
+    align,
+    columns_of,
+    merged,
+    places_of,
+    regroup,
+    same_for_all,
+    shape_of,
+)
 from memladder.engine.graph.nodes import Node
-
-Factor: TypeAlias = str | int
-Axis: TypeAlias = tuple[Factor, ...]
-Axes: TypeAlias = tuple[Axis, ...]
-
-
-class LayoutError(Exception):
-    """A layout that tokens and columns do not have; who knows the operator names it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,79 +68,27 @@ class Value:
 
     def merged(self) -> Value:
         """Each axis' neighbouring column factors made one."""
-        axes = tuple(_merged(axis) for axis in self.axes)
-        return self.map_terms(axes, _columns(axes))
+        axes = tuple(merged(axis) for axis in self.axes)
+        return self.map_terms(axes, columns_of(axes))
 
 
 def whole(node: Node, axes: Axes, tokens: Shape) -> Value:
     """All of a node's columns, in order, spread over the axes' column factors."""
-    columns = _columns(axes)
+    columns = columns_of(axes)
     assert math.prod(columns) == node.columns
     return Value(node, axes, (Term(np.arange(node.columns).reshape(columns)),), tokens)
-
-
-def shape_of(axes: Axes, tokens: Shape) -> tuple[int, ...]:
-    """Sizes of the axes."""
-    return tuple(math.prod(size_of(f, tokens) for f in axis) for axis in axes)
-
-
-def size_of(factor: Factor, tokens: Shape) -> int:
-    """How long it is."""
-    if isinstance(factor, int):
-        return factor
-    return tokens.batch_size if factor == "b" else tokens.seq_len
-
-
-def token_axes(tokens: Shape) -> tuple[Axis, Axis]:
-    """[batch_size, seq_len]; a factor of size 1 is left out."""
-    return (
-        ("b",) if tokens.batch_size > 1 else (),
-        ("s",) if tokens.seq_len > 1 else (),
-    )
-
-
-def regroup(axes: Axes, shape: Sequence[int], tokens: Shape) -> Axes:
-    """The axes' factors, in order, grouped to another shape. Column factors may be divided.
-
-    >>> regroup((("b",), ("s",), (64,)), (2, 3, 4, 16), Shape(2, 3))
-    (('b',), ('s',), (4,), (16,))
-    >>> regroup((("b",), (4,), ("s",)), (8, 3), Shape(2, 3))
-    (('b', 4), ('s',))
-    """
-    rest = [f for axis in axes for f in axis]
-    found: list[Axis] = []
-    for size in shape:
-        axis: list[Factor] = []
-        while size > 1:
-            if not rest:
-                raise LayoutError(f"{shape_of(axes, tokens)} can't become {tuple(shape)}")
-            factor = rest.pop(0)
-            own = size_of(factor, tokens)
-            if size % own == 0:
-                axis.append(factor)
-                size //= own
-            elif isinstance(factor, int) and factor % size == 0:
-                axis.append(size)
-                rest.insert(0, factor // size)
-                size = 1
-            else:
-                raise LayoutError(f"{tuple(shape)} tears tokens apart")
-        found.append(tuple(axis))
-    if rest:
-        raise LayoutError(f"{shape_of(axes, tokens)} can't become {tuple(shape)}")
-    return tuple(found)
 
 
 def reshape(value: Value, shape: Sequence[int]) -> Value:
     """ONNX's Reshape, to sizes that are all known."""
     axes = regroup(value.merged().axes, shape, value.tokens)
-    return value.map_terms(axes, _columns(axes))
+    return value.map_terms(axes, columns_of(axes))
 
 
 def transpose(value: Value, order: Sequence[int]) -> Value:
     """Axis i of the result is axis order[i]."""
     value = value.merged()
-    places = _places(value.axes)
+    places = places_of(value.axes)
     moved = [place for axis in order for place in places[axis]]
     axes = tuple(value.axes[axis] for axis in order)
 
@@ -168,7 +118,7 @@ def take(value: Value, axis: int, index: np.ndarray | int) -> Value:
     factors = value.axes[axis]
     if len(factors) != 1 or not isinstance(factors[0], int):
         raise LayoutError("some of the tokens are taken, and not all of them")
-    (place,) = _places(value.axes)[axis]
+    (place,) = places_of(value.axes)[axis]
     # The axis stays, of length 1, until it is dropped from the shape.
     kept = picked.reshape(-1)
 
@@ -185,7 +135,7 @@ def take(value: Value, axis: int, index: np.ndarray | int) -> Value:
         return found
     rest = () if gone else ((),)
     axes = (*value.axes[:axis], *rest, *value.axes[axis + 1 :])
-    return found.map_terms(axes, _columns(axes))
+    return found.map_terms(axes, columns_of(axes))
 
 
 def expand(value: Value, shape: Sequence[int]) -> Value:
@@ -205,7 +155,7 @@ def expand(value: Value, shape: Sequence[int]) -> Value:
         for f in axis
         if isinstance(f, int)
     )
-    columns = _columns(tuple(new))
+    columns = columns_of(tuple(new))
 
     def repeat(term: Term) -> Term:
         found = _reshaped(term, kept)
@@ -292,57 +242,6 @@ def table(value: Value, array: np.ndarray) -> np.ndarray:
     return aligned if "s" in kinds else aligned[np.newaxis]
 
 
-def align(axes: Axes, array: np.ndarray, tokens: Shape) -> np.ndarray:
-    """A constant broadcast against the axes, with an axis a factor: the factor's size, or 1."""
-    shape = shape_of(axes, tokens)
-    if array.ndim > len(shape):
-        extra = array.shape[: array.ndim - len(shape)]
-        if math.prod(extra) != 1:
-            raise LayoutError(f"a constant of shape {array.shape} beside {shape}")
-        array = array.reshape(array.shape[len(extra) :])
-    array = array.reshape((1,) * (len(shape) - array.ndim) + array.shape)
-    sizes: list[int] = []
-    for axis, size, own in zip(axes, shape, array.shape, strict=True):
-        if own not in (1, size):
-            raise LayoutError(f"a constant of shape {array.shape} beside {shape}")
-        sizes += [size_of(f, tokens) if own == size > 1 else 1 for f in axis]
-    return array.reshape(sizes)
-
-
-def same_for_all(array: np.ndarray, places: Iterable[int]) -> np.ndarray:
-    """The array's first part along axes that all hold the same. Raises LayoutError if not."""
-    for place in places:
-        first = array.take([0], place)
-        if array.shape[place] > 1 and not all(
-            np.array_equal(first.take(0, place), array.take(i, place), equal_nan=True)
-            for i in range(1, array.shape[place])
-        ):
-            raise LayoutError("sequences of the batch have different constants")
-        array = first
-    return array
-
-
-def _columns(axes: Axes) -> tuple[int, ...]:
-    return tuple(f for axis in axes for f in axis if isinstance(f, int))
-
-
-def _merged(axis: Axis) -> Axis:
-    found: list[Factor] = []
-    for factor in axis:
-        last = found[-1] if found else None
-        if isinstance(factor, int) and isinstance(last, int):
-            found[-1] = last * factor
-        else:
-            found.append(factor)
-    return tuple(found)
-
-
-def _places(axes: Axes) -> list[list[int]]:
-    """For each axis, which of the column factors it has."""
-    numbers: Iterator[int] = iter(range(len(_columns(axes))))
-    return [[next(numbers) for f in axis if isinstance(f, int)] for axis in axes]
-
-
 def _reshaped(term: Term, columns: Sequence[int]) -> Term:
     table = term.table
     if term.index.shape == tuple(columns):
@@ -362,7 +261,7 @@ def _with_columns(value: Value, axis: int) -> Value:
             raise LayoutError("tokens are joined")
         return value
     axes = (*value.axes[:axis], (1,), *value.axes[axis + 1 :])
-    return value.map_terms(axes, _columns(axes))
+    return value.map_terms(axes, columns_of(axes))
 
 
 def _term(value: Value, number: int) -> Term:

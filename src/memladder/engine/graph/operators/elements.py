@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from memladder.engine.graph import views
+from memladder.engine.graph.axes import LayoutError
 from memladder.engine.graph.convert import Converter, scalar
 from memladder.engine.graph.nodes import (
     Array,
@@ -29,7 +30,7 @@ from memladder.engine.graph.operators.operands import (
     constant_last,
 )
 from memladder.engine.graph.scores import Scores
-from memladder.engine.graph.views import LayoutError, Value
+from memladder.engine.graph.views import Value
 
 
 def _unary(function: str) -> Rule:

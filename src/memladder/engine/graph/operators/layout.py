@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from memladder.engine.graph import views
+from memladder.engine.graph.axes import LayoutError
 from memladder.engine.graph.convert import Converter
 from memladder.engine.graph.nodes import (
     Array,
@@ -24,7 +25,6 @@ from memladder.engine.graph.operators.operands import (
     integers,
 )
 from memladder.engine.graph.scores import Scores
-from memladder.engine.graph.views import LayoutError
 from memladder.errors import GraphError
 
 

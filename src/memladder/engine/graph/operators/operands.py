@@ -8,11 +8,12 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from memladder.engine.graph import views
+from memladder.engine.graph.axes import LayoutError
 from memladder.engine.graph.convert import Converter, Operand
 from memladder.engine.graph.nodes import Array
 from memladder.engine.graph.onnx_file import Operator
 from memladder.engine.graph.scores import Scores
-from memladder.engine.graph.views import LayoutError, Value
+from memladder.engine.graph.views import Value
 
 Result: TypeAlias = Operand | list[Operand]
 Rule: TypeAlias = Callable[[Converter, Operator, Sequence[Any]], Result]

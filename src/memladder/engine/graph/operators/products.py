@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from memladder.engine.graph import scores, views
+from memladder.engine.graph.axes import Axis, LayoutError
 from memladder.engine.graph.convert import Converter
 from memladder.engine.graph.nodes import (
     Array,
@@ -28,7 +29,7 @@ from memladder.engine.graph.operators.operands import (
     integers,
 )
 from memladder.engine.graph.scores import Scores
-from memladder.engine.graph.views import LayoutError, Value
+from memladder.engine.graph.views import Value
 from memladder.errors import GraphError
 
 
@@ -119,7 +120,7 @@ def _mean(converter: Converter, operator: Operator, given: Sequence[Any]) -> Res
         raise LayoutError("a mean of something else than columns")
     node, group = converter.flat(x), x.shape[-1]
     made = converter.nodes(Mean(node.columns // group, operator.name, node, group))
-    keep: tuple[views.Axis, ...] = ((),) if operator.attributes.get("keepdims", 1) else ()
+    keep: tuple[Axis, ...] = ((),) if operator.attributes.get("keepdims", 1) else ()
     return converter.whole(made, (*x.axes[:-1], *keep))
 
 
