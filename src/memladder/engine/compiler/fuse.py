@@ -48,18 +48,18 @@ class _Fuser:
         self._constants: dict[str, np.ndarray] = {}
         self._made: dict[int, Node] = {id(graph.input): graph.input}
         self._attention: Attention | None = None
-        self._projected = False
+        self._projected: tuple[Product, ...] = ()
+        self._rotated = False
         self._projections: dict[int, str] = {}
         # What queries, keys and values are projected from.
         self._projected_from: set[int] = set()
         for node in graph.nodes():
             if isinstance(node, Attention):
                 for name, operand in zip(("query", "key", "value"), node.inputs, strict=True):
-                    while isinstance(operand, Norm | Rotary):
-                        operand = operand.x
-                    if isinstance(operand, Linear):
-                        self._projections[id(operand)] = name
-                        self._projected_from.add(id(operand.x))
+                    linear = _projection(operand)
+                    if linear is not None:
+                        self._projections[id(linear)] = name
+                        self._projected_from.add(id(linear.x))
 
     def fused(self) -> Fused:
         """All of the graph."""
@@ -70,7 +70,7 @@ class _Fuser:
             output,
             self._attention,
             self._projected,
-            self._projected and "rotary.frequencies" in self._constants,
+            self._rotated,
             self._matrices,
             self._vectors,
             self._constants,
@@ -213,32 +213,39 @@ class _Fuser:
 
     def _attend(self, node: Attention) -> Attention:
         self._check(node)
-        projections = [_projection(x) for x in (node.query, node.key, node.value)]
-        linears = [p[0] for p in projections if p is not None]
-        rotations = [p[1] for p in projections if p is not None]
-        self._projected = (
-            len(linears) == 3
-            and all(linear.x is linears[0].x for linear in linears)
-            and len({linear.bias is None for linear in linears}) == 1
-            and rotations[2] is None
-            and (rotations[0] is None) == (rotations[1] is None)
-        )
+        operands = (node.query, node.key, node.value)
+        linears = [_projection(operand) for operand in operands]
+        first = linears[0]
+        if first is not None and all(
+            linear is not None
+            and linear.x is first.x
+            and (linear.bias is None) == (first.bias is None)
+            for linear in linears
+        ):
+            self._project([linear for linear in linears if linear is not None])
+            # The kernel rotates what it has made itself.
+            rotated = [isinstance(x, Rotary) and isinstance(x.x, Linear) for x in operands]
+            self._rotated = rotated == [True, True, False] and isinstance(node.value, Linear)
+        if self._rotated:
+            made: list[Node] = [*self._projected]
+            assert isinstance(node.query, Rotary)
+            assert isinstance(node.key, Rotary)
+            self._frequencies(node.query)
+            self._frequencies(node.key)
+        else:
+            made = [self._node(operand) for operand in operands]
         if node.slopes is not None:
             self._constants["alibi.slopes"] = node.slopes
-        if not self._projected:
-            made = [self._node(x) for x in (node.query, node.key, node.value)]
-        else:
-            x = self._node(linears[0].x)
-            made = []
-            for name, linear, rotary in zip(
-                ("query", "key", "value"), linears, rotations, strict=True
-            ):
-                self._matrix(linear, name)
-                if rotary is not None:
-                    self._frequencies(rotary)
-                made.append(Product(linear.columns, linear.source, x, name))
         self._attention = replace(node, query=made[0], key=made[1], value=made[2])
         return self._attention
+
+    def _project(self, linears: list[Linear]) -> None:
+        """Query, key and value as products of the same rows."""
+        x = self._node(linears[0].x)
+        for name, linear in zip(("query", "key", "value"), linears, strict=True):
+            product = Product(linear.columns, linear.source, x, self._matrix(linear, name))
+            self._projected += (product,)
+            self._made[id(linear)] = product
 
     def _check(self, node: Attention) -> None:
         if self._attention is not None:
@@ -253,11 +260,11 @@ class _Fuser:
                 raise GraphError(f"no kernel for attention with {what}: {node.source!r}")
 
 
-def _projection(node: Node) -> tuple[Linear, Rotary | None] | None:
-    """A linear layer, and its rotation if there is one."""
-    if isinstance(node, Rotary) and isinstance(node.x, Linear):
-        return node.x, node
-    return (node, None) if isinstance(node, Linear) else None
+def _projection(node: Node) -> Linear | None:
+    """The linear layer that a query, key or value comes from, by way of norms and rotations."""
+    while isinstance(node, Norm | Rotary):
+        node = node.x
+    return node if isinstance(node, Linear) else None
 
 
 def _windowed(node: Attention) -> bool:

@@ -61,15 +61,15 @@ class NamedNorm(Node):
 class Fused:
     """A layer in kernels, and what they hold: matrices, fp16 vectors, float32 constants.
 
-    `projected`: one kernel makes query, key and value, which are products of the same rows; and
-    rotates queries and keys if they are `rotated`.
+    `projected`: query, key and value, where these are products of the same rows, which one kernel
+    makes; it rotates queries and keys if they are `rotated`.
     """
 
     shape: Shape
     input: Node
     output: Node
     attention: Attention | None
-    projected: bool
+    projected: tuple[Product, ...]
     rotated: bool
     matrices: Mapping[str, Weight]
     vectors: Mapping[str, np.ndarray]

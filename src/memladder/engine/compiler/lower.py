@@ -128,24 +128,28 @@ class _Chunk:
 
     def project(self, attention: Attention, targets: Mapping[str, Rows], *, query: bool) -> None:
         """Keys and values into their places, if they are given, and the chunk's queries."""
-        named = dict(targets)
         if self.fused.projected:
-            product = attention.query
-            assert isinstance(product, Product)
-            x = self.emit(product.x)
-            if query:
-                named["query"] = self.builder.new("query", self.size, attention.query.columns)
-            self._qkv(x, attention, named)
-        else:
-            for name, target in targets.items():
-                if self.emit(getattr(attention, name), target) != target:
-                    raise GraphError(
-                        f"attention {attention.source!r} whose {name} is no projection"
-                    )
-            if query:
-                named["query"] = self.emit(attention.query)
-        for name, rows in named.items():
-            self.places[id(getattr(attention, name))] = rows
+            self._products(attention, targets, query=query)
+        for name, target in targets.items():
+            if self.emit(getattr(attention, name), target) != target:
+                raise GraphError(f"no kernel for {name} of attention {attention.source!r}")
+        if query:
+            self.emit(attention.query)
+
+    def _products(self, attention: Attention, targets: Mapping[str, Rows], *, query: bool) -> None:
+        """What one kernel projects: to its place, or to where norms and rotations read it."""
+        x = self.emit(self.fused.projected[0].x)
+        named = {}
+        for name, product in zip(("query", "key", "value"), self.fused.projected, strict=True):
+            if name in targets and getattr(attention, name) is product:
+                named[name] = targets[name]
+            elif name in targets or (query and name == "query"):
+                named[name] = self.builder.new(name, self.size, product.columns)
+            if name in named:
+                self.places[id(product)] = named[name]
+        # Keys and values first: a program's buffers are in the order in which they are written.
+        order = sorted(named, key=lambda name: name == "query")
+        self._qkv(x, attention, {name: named[name] for name in order})
 
     def _qkv(self, x: Rows, attention: Attention, targets: Mapping[str, Rows]) -> None:
         head_dim = None
@@ -226,8 +230,10 @@ class _Chunk:
         values: dict[str, Value] = {"eps": node.eps}
         kernel = f"{node.kind}_norm"
         if node.group < node.columns:
-            kernel = f"{node.kind}_norm_heads"
-        self.builder.step(kernel, {"x": x}, {"out": out}, weights, values)
+            places = (("x", "out"),)
+            self.builder.step(f"{kernel}_heads", {"x": x}, {"out": out}, weights, values, places)
+        else:
+            self.builder.step(kernel, {"x": x}, {"out": out}, weights, values)
 
     def _pointwise(self, node: Pointwise, reads: list[Rows], out: Rows) -> None:
         values: dict[str, Value] = {"function": node.function}
