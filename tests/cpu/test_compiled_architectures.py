@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -13,6 +14,8 @@ from memladder.engine import packed_layer
 from memladder.engine.compiler import bundle
 from memladder.engine.compiler.compile import Options, compile_file
 from memladder.engine.execute import Execution, arena_bytes
+from memladder.engine.graph.evaluate import evaluate
+from memladder.engine.graph.nodes import Array
 from memladder.kernels import naive
 from tests import hf_layers
 
@@ -85,3 +88,23 @@ def test_a_window_that_is_longer_than_the_sequence_is_none(tmp_path: Path) -> No
     path = hf_layers.export(module, given, tmp_path / "layer.onnx")
     found, _ = run(path, given, tmp_path, Options())
     assert hf_layers.relative_error(found, module(given)) <= 2e-3
+
+
+@pytest.mark.parametrize("form", ["int4", "nf4"])
+def test_quantised_weights_against_the_graph_on_what_they_decode_to(
+    form: str, tmp_path: Path
+) -> None:
+    module = hf_layers.layer("gpt_neox", 2, 13, torch.float32, "sdpa")
+    given = hf_layers.states(module, 2, 13, torch.float32)
+    path = hf_layers.export(module, given, tmp_path / "layer.onnx")
+    found, _ = run(path, given, tmp_path, Options(format=form))
+    packed = bundle.load_weights(tmp_path / bundle.WEIGHTS)
+    compiled = compile_file(path, Options(format=form))
+    for name, weight in compiled.fused.matrices.items():
+        decoded = packed.matrices[name].dequantise().numpy()
+        # The graph's own nodes hold these objects.
+        object.__setattr__(weight, "array", Array(name, decoded))
+        object.__setattr__(weight, "rows", np.arange(len(decoded)))
+    expected = evaluate(compiled.graph, given)
+    assert hf_layers.relative_error(found, expected) <= 2e-3
+    assert hf_layers.relative_error(expected, module(given)) > 2e-2

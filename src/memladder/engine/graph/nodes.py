@@ -48,7 +48,7 @@ class Weight:
         first = int(rows[0])
         neighbours = bool((np.diff(rows) == 1).all())
         taken = self.array.data[slice(first, first + len(rows)) if neighbours else rows]
-        found = np.array(taken, dtype=np.float32)
+        found = np.array(taken, dtype=np.float32, order="C")
         return found if self.factor == 1.0 else found * np.float32(self.factor)
 
 
