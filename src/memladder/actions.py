@@ -356,7 +356,7 @@ def tune(request: Request) -> int:
         for variant in map(frameworks.get, runnable)
         for shape in shapes
     ]
-    with _progress("tuning") as progress:
+    with progress_bar("tuning") as progress:
         for number, (config, variant, shape) in enumerate(cases):
             progress(number, len(cases))
             assert isinstance(variant, Ladder)
@@ -493,7 +493,7 @@ def quantize(folder: Path, number: int, text: str, out: Path) -> None:
     needed = packed_layer.weight_bytes(config, kind)
     cache.require_space(out, needed, "folder", "choose an --out on a larger disk")
     try:
-        with _new_file(path) as part, _progress(f"{config.model} layer {number}") as progress:
+        with _new_file(path) as part, progress_bar(f"{config.model} layer {number}") as progress:
             reports = packing.pack(config, kind, layer.rows(), part, judge=True, progress=progress)
     except OSError as error:
         raise UsageError(f"cannot write {path}: {error.strerror or error}") from None
@@ -579,7 +579,7 @@ def _new_file(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _progress(what: str) -> Iterator[Progress]:
+def progress_bar(what: str) -> Iterator[Progress]:
     """A bar with the time that is left, where stderr is a terminal; it goes away afterwards."""
     from rich.progress import Progress as Bar
 

@@ -84,6 +84,7 @@ _DEFAULT_TIMEOUT = "1800"
 _INTERRUPTED = 130
 MAX_REPEATS = 100
 MAX_LAYER = (1 << 20) - 1
+MAX_MIB = 1 << 30
 
 
 @app.command()
@@ -310,6 +311,52 @@ def quantize(
     from memladder import actions
 
     actions.quantize(checkpoint, _count("layer", layer, MAX_LAYER, least=0), form, out)
+
+
+@app.command("compile")
+def compile_layer(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A decoder layer as .onnx.")],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="A new folder.")],
+    engine: Annotated[str, typer.Option(metavar="welder|ladder")] = "ladder",
+    form: Annotated[str, typer.Option("--format", metavar="FORMAT", help="Of weights.")] = "fp16",
+    activation: Annotated[
+        str | None, typer.Option(metavar="FORMAT", help="Default: what goes with the weights.")
+    ] = None,
+    keep: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN", help="Matrices that stay in fp16; may be repeated."),
+    ] = None,
+    memory_budget: Annotated[
+        str | None, typer.Option(metavar="MIB", help="Of the arena; default: the knee.")
+    ] = None,
+) -> None:
+    """Compile a layer from ONNX: program, packed weights, schedule."""
+    from memladder import compiling
+
+    budget = None
+    if memory_budget is not None:
+        budget = _count("memory budget", memory_budget, MAX_MIB) << 20
+    compiling.compile_model(
+        model,
+        out,
+        engine=engine,
+        form=form,
+        activation=activation,
+        kept=tuple(keep or ()),
+        budget=budget,
+    )
+
+
+@app.command("run")
+def run_layer(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="What `compile` has written.")],
+    given: Annotated[Path, typer.Option("--input", metavar="X.NPY", help="Hidden states.")],
+    out: Annotated[Path, typer.Option("--output", metavar="Y.NPY")],
+) -> None:
+    """Run a compiled layer on the CPU."""
+    from memladder import compiling
+
+    compiling.run_folder(folder, given, out)
 
 
 @app.command()

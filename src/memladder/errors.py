@@ -4,6 +4,7 @@ MemladderError            one clear line; the command line prints it and exits w
 ├── UsageError            what was asked for is not possible: unknown name, bad number, full disk
 ├── ConfigError           a model's config.json is missing, broken, or of another type
 ├── FormatError           a number format is unknown, or values or packed weights do not fit it
+├── GraphError            an ONNX model can't be read, or holds what the engine does not compile
 ├── DeviceError           the device asked for is not here
 ├── UnavailableError      a framework can't run here; carries the command that installs it
 ├── LockedError           another memladder works in the same folder
@@ -29,6 +30,10 @@ class ConfigError(MemladderError):
 
 class FormatError(MemladderError):
     """A number format is unknown, or values or packed weights do not fit it."""
+
+
+class GraphError(MemladderError):
+    """An ONNX model can't be read, or holds what the engine does not compile."""
 
 
 class DeviceError(MemladderError):

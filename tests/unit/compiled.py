@@ -26,7 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from memladder import formats
-from memladder.kernels import cuda
+from memladder.kernels import cuda, naive
 from memladder.kernels.cuda import skinny
 from memladder.kernels.layout import Layout
 from memladder.kernels.packed import PackedMatrix
@@ -103,6 +103,15 @@ def calls(capability: int) -> Iterator[tuple[str, Callable[[], None]]]:
     yield "rms_norm", lambda: cuda.rms_norm(x, x[0], x, eps=1e-5)
     yield "layer_norm", lambda: cuda.layer_norm(x, x[0], x[0], x, eps=1e-5)
     yield "rotary", lambda: cuda.rotary(x, x, x, head_dim=128, start=0, seq_len=1)
+    for function in naive.FUNCTIONS:
+        two = {"other": x} if function in ("add", "mul") else {}
+        call = partial(cuda.pointwise, x, x, function=function, number=0.5, most=1.0, **two)
+        yield f"pointwise {function}", call
+    for d, softcap, exact in ((128, 0.0, False), (128, 0.0, True), (256, 50.0, True)):
+        query = torch.empty(512, 8 * d).half()
+        sizes = {"sequences": 1, "heads": 8, "kv_heads": 8, "window": 100, "softcap": softcap}
+        call = partial(cuda.windowed_attention, *(query,) * 4, exact=exact, **sizes)
+        yield f"windowed attention {d} {softcap} {exact}", call
     has_fp8 = capability >= 89
     for spec in ("int8", *(("fp8", "mxfp8") if has_fp8 else ())):
         codes = torch.empty(2, 8192, dtype=torch.uint8)

@@ -96,7 +96,7 @@ def test_bad_configs_are_one_line_and_status_2(tmp_path: Path, content: str, sai
         (["--models", "llama"], "--models measures, so it needs --reproduce"),
         (["--reproduce", "--shapes", "1by1"], "shape '1by1' is not of the form BATCHxSEQ"),
         (["--reproduce", "--frameworks", "tf"], "unknown framework 'tf'"),
-        (["--reproduce", "--frameworks", "welder"], "none of the frameworks welder can run"),
+        (["--reproduce", "--frameworks", "tensorrt"], "none of the frameworks tensorrt can run"),
         (["--reproduce", "--config", "c.json"], "--config c.json describes one model"),
         (["--reproduce", "--repeats", "0"], "repeats '0'"),
         (["--output-dir", "/dev/null/x"], "cannot write into folder /dev/null/x"),

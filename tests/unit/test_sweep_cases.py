@@ -38,4 +38,4 @@ def test_every_system_of_the_figure_can_be_asked_about() -> None:
     for system in FIGURE_SYSTEMS:
         found = cases.availability(system, "cpu")
         assert found.available or found.reason
-    assert cases.availability("welder", "cpu").available is False
+    assert cases.availability("welder", "cpu").available

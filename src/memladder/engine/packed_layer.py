@@ -8,11 +8,11 @@ its parameters and the layer's configuration; what the file must contain follows
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -35,10 +35,12 @@ Table = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
 @dataclass(frozen=True)
-class PackedLayer:
-    """A layer ready to run. `vectors` are norms, biases and the constants of its positions."""
+class Weights:
+    """What a program reads by name. `vectors` are norms, biases and the constants of positions.
 
-    config: LayerConfig
+    `format` is that of all matrices but those that were asked to be kept.
+    """
+
     format: Format
     matrices: dict[str, PackedMatrix]
     vectors: dict[str, Tensor]
@@ -48,6 +50,16 @@ class PackedLayer:
         """Bytes of everything."""
         own = sum(matrix.nbytes for matrix in self.matrices.values())
         return own + sum(vector.nbytes for vector in self.vectors.values())
+
+
+@dataclass(frozen=True)
+class PackedLayer(Weights):
+    """A layer ready to run, and the configuration that says what it is."""
+
+    config: LayerConfig
+
+
+AnyWeights = TypeVar("AnyWeights", bound=Weights)
 
 
 def metadata(config: LayerConfig, kind: Format) -> dict[str, str]:
@@ -62,19 +74,32 @@ def table(config: LayerConfig, kind: Format) -> Table:
     The largest items come first, so that every tensor lies at a multiple of its item's size.
     """
     definition = programs.definition(config.model)
+    return tensor_table(
+        {
+            name: (kind, matrix.rows, matrix.columns)
+            for name, matrix in definition.matrices(config.values).items()
+        },
+        {name: vector.size for name, vector in definition.vectors(config.values).items()},
+        definition.constant_sizes(config.values),
+    )
+
+
+def tensor_table(
+    matrices: Mapping[str, tuple[Format, int, int]],
+    vectors: Mapping[str, int],
+    constants: Mapping[str, int],
+) -> Table:
+    """The same for matrices [rows, columns] of any formats, fp16 vectors and float32 constants."""
     found: Table = {}
-    for name, matrix in definition.matrices(config.values).items():
-        groups = (kind.groups(matrix.columns), matrix.rows)
-        layout = Layout.of(kind, matrix.rows, matrix.columns)
-        found[f"{name}.codes"] = (torch.uint8, layout.shape)
+    for name, (kind, rows, columns) in matrices.items():
+        found[f"{name}.codes"] = (torch.uint8, Layout.of(kind, rows, columns).shape)
+        groups = (kind.groups(columns), rows)
         if kind.scale_dtype is not None:
             found[f"{name}.scales"] = (kind.scale_dtype, groups)
         if kind.has_zeros:
             found[f"{name}.zeros"] = (torch.uint8, groups)
-    for name, vector in definition.vectors(config.values).items():
-        found[name] = (torch.float16, (vector.size,))
-    for name, size in definition.constant_sizes(config.values).items():
-        found[name] = (torch.float32, (size,))
+    found |= {name: (torch.float16, (size,)) for name, size in vectors.items()}
+    found |= {name: (torch.float32, (size,)) for name, size in constants.items()}
     order = sorted(
         found, key=lambda name: (-_item(found[name][0], name), name.rpartition(".")[2], name)
     )
@@ -100,14 +125,19 @@ def load(path: Path) -> PackedLayer:
     """
     with opened(path) as file:
         config, kind = _described(path, file.metadata() or {})
-        wanted = table(config, kind)
-        names = set(file.keys())
-        if names != wanted.keys():
-            extra = names - wanted.keys()
-            # A name from a foreign file may be long, and may hold line breaks.
-            name = repr(min(extra or wanted.keys() - names))[:80]
-            raise FormatError(f"{path}: tensor {name} {'is unknown' if extra else 'is missing'}")
-        found = {name: file.get_tensor(name) for name in names}
+        found = checked(path, file, table(config, kind))
+    return assembled(config, kind, found)
+
+
+def checked(path: Path, file: Any, wanted: Table) -> dict[str, Tensor]:
+    """The tensors of an opened file, if they are those of the table. Raises FormatError if not."""
+    names = set(file.keys())
+    if names != wanted.keys():
+        extra = names - wanted.keys()
+        # A name from a foreign file may be long, and may hold line breaks.
+        name = repr(min(extra or wanted.keys() - names))[:80]
+        raise FormatError(f"{path}: tensor {name} {'is unknown' if extra else 'is missing'}")
+    found = {name: file.get_tensor(name) for name in names}
     for name, (dtype, shape) in wanted.items():
         tensor = found[name]
         if (tensor.dtype, tuple(tensor.shape)) != (dtype, shape):
@@ -115,15 +145,15 @@ def load(path: Path) -> PackedLayer:
                 f"{path}: tensor {name} is {tensor.dtype} {list(tensor.shape)}, "
                 f"not {dtype} {list(shape)}"
             )
-    return assembled(config, kind, found)
+    return found
 
 
-def device_bytes(layer: PackedLayer) -> int:
+def device_bytes(layer: Weights) -> int:
     """What `on_device` needs: all tensors, each aligned as a GPU's allocator would."""
     return sum(_aligned(tensor.nbytes) for tensor in _tensors(layer))
 
 
-def on_device(layer: PackedLayer, block: Tensor) -> PackedLayer:
+def on_device(layer: AnyWeights, block: Tensor) -> AnyWeights:
     """The layer copied into `block`, uint8, of `device_bytes` at least; no kernel runs for it.
 
     The file's pages are read as they are copied; nothing of the layer is in memory besides.
@@ -139,10 +169,10 @@ def on_device(layer: PackedLayer, block: Tensor) -> PackedLayer:
 
     matrices = {name: matrix.moved(move) for name, matrix in layer.matrices.items()}
     vectors = {name: move(vector) for name, vector in layer.vectors.items()}
-    return PackedLayer(layer.config, layer.format, matrices, vectors)
+    return replace(layer, matrices=matrices, vectors=vectors)
 
 
-def _tensors(layer: PackedLayer) -> Iterator[Tensor]:
+def _tensors(layer: Weights) -> Iterator[Tensor]:
     for matrix in layer.matrices.values():
         parts = (matrix.codes, matrix.scales, matrix.zeros)
         yield from (part for part in parts if part is not None)
@@ -189,14 +219,21 @@ def assembled(config: LayerConfig, kind: Format, found: dict[str, Tensor]) -> Pa
     """The layer of the tensors that its `table` names."""
     definition = programs.definition(config.model)
     matrices = {
-        name: PackedMatrix(
-            kind,
-            Layout.of(kind, matrix.rows, matrix.columns),
-            found[f"{name}.codes"],
-            found.get(f"{name}.scales"),
-            found.get(f"{name}.zeros"),
-        )
+        name: packed_matrix(kind, matrix.rows, matrix.columns, name, found)
         for name, matrix in definition.matrices(config.values).items()
     }
     names = (*definition.vectors(config.values), *definition.constant_sizes(config.values))
-    return PackedLayer(config, kind, matrices, {name: found[name] for name in names})
+    return PackedLayer(kind, matrices, {name: found[name] for name in names}, config)
+
+
+def packed_matrix(
+    kind: Format, rows: int, columns: int, name: str, found: Mapping[str, Tensor]
+) -> PackedMatrix:
+    """A matrix of a table's tensors."""
+    return PackedMatrix(
+        kind,
+        Layout.of(kind, rows, columns),
+        found[f"{name}.codes"],
+        found.get(f"{name}.scales"),
+        found.get(f"{name}.zeros"),
+    )

@@ -10,15 +10,16 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from memladder.engine import packed_layer, programs
-from memladder.engine.sources import Matrix, Source
+from memladder.engine.sources import Matrix, Source, Vector
 from memladder.errors import FormatError, MemladderError
 from memladder.formats.base import Format, Quantised
 from memladder.kernels.layout import Layout
@@ -123,12 +124,67 @@ def pack(
     """
     definition = programs.definition(config.model)
     matrices: dict[str, Matrix] = definition.matrices(config.values)
+    vectors: dict[str, Vector] = definition.vectors(config.values)
+    constants = _constants(config)
+    return write(
+        path,
+        packed_layer.metadata(config, kind),
+        {
+            name: Blocks(
+                kind,
+                matrix.rows,
+                matrix.columns,
+                matrix.source.tensor,
+                partial(_read, rows, matrix.source),
+            )
+            for name, matrix in matrices.items()
+        },
+        {
+            name: Blocks(
+                None, vector.size, 1, vector.source.tensor, partial(_read, rows, vector.source)
+            )
+            for name, vector in vectors.items()
+        },
+        constants,
+        judge=judge,
+        progress=progress,
+    )
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A matrix [rows, columns] to be stored in `format`, or a vector [rows] (None: in fp16).
+
+    `read` gives rows start … stop; `source` is what errors call it.
+    """
+
+    format: Format | None
+    rows: int
+    columns: int
+    source: str
+    read: Callable[[int, int], Tensor]
+
+
+def write(
+    path: Path,
+    metadata: Mapping[str, str],
+    matrices: Mapping[str, Blocks],
+    vectors: Mapping[str, Blocks],
+    constants: Mapping[str, Tensor],
+    *,
+    judge: bool = False,
+    progress: Progress | None = None,
+) -> tuple[MatrixReport, ...]:
+    """A file of matrices in their formats, fp16 vectors and float32 constants; see `pack`."""
     total = sum(matrix.rows * matrix.columns for matrix in matrices.values())
     done = 0
     reports = []
-    constants = _constants(config)
-    table = packed_layer.table(config, kind)
-    header, places, size = _header(config, kind)
+    table = packed_layer.tensor_table(
+        {name: (_format(m), m.rows, m.columns) for name, m in matrices.items()},
+        {name: vector.rows for name, vector in vectors.items()},
+        {name: len(constant) for name, constant in constants.items()},
+    )
+    header, places, size = _header(metadata, table)
     with path.open("wb") as file:
         file.write(header)
         file.truncate(size)
@@ -138,6 +194,7 @@ def pack(
             file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
 
         for name, matrix in matrices.items():
+            kind = _format(matrix)
             layout = Layout.of(kind, matrix.rows, matrix.columns)
             offset = 0
             # Made at once: kept among each block's temporaries, small ones would split the heap.
@@ -148,8 +205,8 @@ def pack(
             }
             row = 0
             signal = noise = 0.0
-            for values in _blocks(matrix, layout, rows):
-                quantised = _quantised(kind, values, matrix.source.tensor)
+            for values in _blocks(matrix, layout):
+                quantised = _quantised(kind, values, matrix.source)
                 stored = layout.pack(quantised.codes)
                 put(f"{name}.codes", stored, offset)
                 offset += stored.nbytes
@@ -167,9 +224,8 @@ def pack(
                 put(f"{name}.{part}", groups)
             nbytes = matrix_bytes(kind, matrix.rows, matrix.columns)
             reports.append(MatrixReport(name, matrix.rows, matrix.columns, nbytes, signal, noise))
-        for name, vector in definition.vectors(config.values).items():
-            values = _read(rows, vector.source, 0, vector.size)
-            put(name, _quantised_vector(values, vector.source.tensor))
+        for name, vector in vectors.items():
+            put(name, _quantised_vector(vector.read(0, vector.rows), vector.source))
         for name, constant in constants.items():
             put(name, constant)
         file.flush()
@@ -177,13 +233,20 @@ def pack(
     return tuple(reports)
 
 
-def _header(config: LayerConfig, kind: Format) -> tuple[bytes, dict[str, int], int]:
+def _format(matrix: Blocks) -> Format:
+    assert matrix.format is not None
+    return matrix.format
+
+
+def _header(
+    metadata: Mapping[str, str], tensors: packed_layer.Table
+) -> tuple[bytes, dict[str, int], int]:
     """The file's beginning, padded so that the data can be mapped; where each tensor begins; the
     whole file's size."""
-    table: dict[str, object] = {"__metadata__": packed_layer.metadata(config, kind)}
+    table: dict[str, object] = {"__metadata__": dict(metadata)}
     starts = {}
     end = 0
-    for name, (dtype, shape) in packed_layer.table(config, kind).items():
+    for name, (dtype, shape) in tensors.items():
         starts[name], end = end, end + dtype.itemsize * math.prod(shape)
         offsets = [starts[name], end]
         table[name] = {"dtype": _DTYPES[dtype], "shape": list(shape), "data_offsets": offsets}
@@ -195,7 +258,8 @@ def _header(config: LayerConfig, kind: Format) -> tuple[bytes, dict[str, int], i
 
 def _is_whole(path: Path, config: LayerConfig, kind: Format) -> bool:
     """Is a file of that size and of that header there?"""
-    header, _, size = _header(config, kind)
+    metadata, table = packed_layer.metadata(config, kind), packed_layer.table(config, kind)
+    header, _, size = _header(metadata, table)
     try:
         with path.open("rb") as file:
             return os.fstat(file.fileno()).st_size == size and file.read(len(header)) == header
@@ -203,14 +267,14 @@ def _is_whole(path: Path, config: LayerConfig, kind: Format) -> bool:
         return False
 
 
-def _blocks(matrix: Matrix, layout: Layout, rows: Rows) -> Iterator[Tensor]:
+def _blocks(matrix: Blocks, layout: Layout) -> Iterator[Tensor]:
     tiles = max(1, _BLOCK // (matrix.columns * layout.tile_rows))
     step = tiles * layout.tile_rows
     for start in range(0, matrix.rows, step):
-        values = _read(rows, matrix.source, start, min(start + step, matrix.rows))
+        values = matrix.read(start, min(start + step, matrix.rows))
         if values.shape[1:] != (matrix.columns,):
             raise FormatError(
-                f"{matrix.source.tensor} has rows of shape {list(values.shape[1:])}, "
+                f"{matrix.source} has rows of shape {list(values.shape[1:])}, "
                 f"not [{matrix.columns}]"
             )
         yield values

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
+    from memladder.engine.packed_layer import Weights
+    from memladder.engine.program import Program
     from memladder.formats.base import Format
 
 _INSTALL = {
@@ -50,7 +52,7 @@ _STEPS = 1e-2
 class Ladder(Framework):
     """The engine with one format for activations and one for weights."""
 
-    packages = ("torch", "triton", "transformers", "safetensors")
+    packages: tuple[str, ...] = ("torch", "triton", "transformers", "safetensors")
     rounds_as_layer = False
 
     def __init__(self, activation: str, weight: str) -> None:
@@ -108,7 +110,7 @@ class Ladder(Framework):
 
         return packed_layer.weight_bytes(job.config, formats.get(self.weight))
 
-    def reference(self, job: Job) -> np.ndarray:
+    def reference(self, job: Job) -> np.ndarray | None:
         """The layer in fp32 on the dequantised weights, activations rounded alike."""
         from memladder.engine import packed_layer, packing, reference
 
@@ -125,14 +127,16 @@ class Ladder(Framework):
 
     def session(self, job: Job, announce: Callable[[str], None]) -> Session:
         """Import torch and the engine."""
-        return _Session(job, announce, self)
+        return EngineSession(job, announce, self)
 
     def activation_format(self) -> Format | None:
         """None for fp16: what is in fp16 already needs no rounding."""
         return None if self.activation == "fp16" else formats.get(self.activation)
 
 
-class _Session(Session):
+class EngineSession(Session):
+    """A layer of the engine: weights in one block, one arena, and on CUDA one graph."""
+
     def __init__(self, job: Job, announce: Callable[[str], None], variant: Ladder) -> None:
         super().__init__(job, announce)
         self._on_cuda = job.case.device != "cpu"
@@ -152,6 +156,20 @@ class _Session(Session):
         self._weight = formats.get(variant.weight)
         self._activation = variant.activation_format()
 
+    def load(self) -> Weights:
+        """The layer's weights, mapped."""
+        job = self.job
+        path = self._packing.ensure(job.config, self._weight, job.cache_dir, job.seed)
+        return self._packed_layer.load(path)
+
+    def program(self) -> Program:
+        """The layer's steps at the case's shape."""
+        definition = self._programs.definition(self.job.config.model)
+        found: Program = definition.program(
+            self.job.config.values, self.job.case.shape, self._activation
+        )
+        return found
+
     def context(self) -> None:
         """On CUDA a context without stacks; nothing to bring up on the CPU."""
         if self._on_cuda:
@@ -164,9 +182,7 @@ class _Session(Session):
     def weights(self) -> None:
         """Map the packed layer. On the CPU its pages come in when the first pass reads them; on
         CUDA it is copied into one block."""
-        job = self.job
-        path = self._packing.ensure(job.config, self._weight, job.cache_dir, job.seed)
-        self._layer = self._packed_layer.load(path)
+        self._layer = self.load()
         if self._on_cuda:
             block = self._empty(self._packed_layer.device_bytes(self._layer))
             self._layer = self._packed_layer.on_device(self._layer, block)
@@ -174,9 +190,7 @@ class _Session(Session):
     def compile(self) -> None:
         """Write the program, plan the arena, and take it; on CUDA compile the kernels and record
         their launches as a graph."""
-        job = self.job
-        definition = self._programs.definition(job.config.model)
-        program = definition.program(job.config.values, job.case.shape, self._activation)
+        job, program = self.job, self.program()
         self._planned = self._plan.plan(program)
         size = self._execute.arena_bytes(program, self._planned, self._kernels)
         self._workspace_bytes = size - self._planned.nbytes

@@ -32,6 +32,20 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu_,
 }
 
+FUNCTIONS: Mapping[str, Callable[..., Tensor]] = {
+    **{name: function for name, function in ACTIVATIONS.items() if name},
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "relu_squared": lambda x: torch.relu(x).square(),
+    "plus": torch.add,
+    "scale": torch.mul,
+    "clip": torch.clamp,
+    "add": torch.add,
+    "mul": torch.mul,
+}
+"""What `pointwise` computes: of an element, and of a number or two or another element."""
+
 
 def rms_norm(x: Tensor, weight: Tensor, out: Tensor, *, eps: float) -> None:
     """out = x / √(mean(x²) + eps) · weight, row by row (Zhang and Sennrich 2019).
@@ -54,6 +68,35 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor, *, eps: flo
         values -= values.mean(dim=1, keepdim=True)
         values *= torch.rsqrt(values.square().mean(dim=1, keepdim=True) + eps)
         out[part] = values.mul_(weight.float()).add_(bias.float())
+
+
+def rms_norm_heads(x: Tensor, weight: Tensor, out: Tensor, *, eps: float) -> None:
+    """`rms_norm` of every head: x, out [rows, heads · d], may be the same; weight [d]."""
+    rms_norm(x.view(-1, len(weight)), weight, out.view(-1, len(weight)), eps=eps)
+
+
+def layer_norm_heads(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor, *, eps: float) -> None:
+    """`layer_norm` of every head: x, out [rows, heads · d], may be the same; weight, bias [d]."""
+    layer_norm(x.view(-1, len(weight)), weight, bias, out.view(-1, len(weight)), eps=eps)
+
+
+def pointwise(
+    x: Tensor,
+    out: Tensor,
+    *,
+    function: str,
+    other: Tensor | None = None,
+    number: float = 0.0,
+    most: float = 0.0,
+) -> None:
+    """out = function(x), or of x and `other`, or of x and `number` (clip: and `most`).
+
+    x, other, out [rows, columns], may be the same. `function` is one of `FUNCTIONS`.
+    """
+    numbers = {"plus": (number,), "scale": (number,), "clip": (number, most)}.get(function, ())
+    for part in _row_blocks(x):
+        operands = [x[part].float()] if other is None else [x[part].float(), other[part].float()]
+        out[part] = FUNCTIONS[function](*operands, *numbers)
 
 
 def quantise(x: Tensor, codes: Tensor, scales: Tensor, *, format: str) -> None:
@@ -107,6 +150,42 @@ def attention(
     Nothing is rounded here.
     """
     del exact
+    _attend(query, key, value, out, sequences, heads, kv_heads, slopes=slopes)
+
+
+def windowed_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    *,
+    sequences: int,
+    heads: int,
+    kv_heads: int,
+    window: int = 0,
+    softcap: float = 0.0,
+    exact: bool = False,
+) -> None:
+    """`attention` in which a token sees the last `window` tokens only, itself among them (Beltagy
+    et al. 2020), and scores are softcap · tanh(score / softcap) (Gemma Team 2024); 0 is without.
+    """
+    del exact
+    _attend(query, key, value, out, sequences, heads, kv_heads, window=window, softcap=softcap)
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    sequences: int,
+    heads: int,
+    kv_heads: int,
+    *,
+    slopes: Tensor | None = None,
+    window: int = 0,
+    softcap: float = 0.0,
+) -> None:
     d = query.shape[1] // heads
     group = heads // kv_heads
     keys = key.shape[0] // sequences
@@ -127,7 +206,7 @@ def attention(
                 tile = q[s, h, :, r].float()
                 positions = torch.arange(r.start, r.stop, device=query.device) + keys - queries
                 tile = tile.mul_(d**-0.5)
-                o[s, h, :, r] = _attended(tile, k[s, h], v[s, h], positions, slope)
+                o[s, h, :, r] = _attended(tile, k[s, h], v[s, h], positions, slope, window, softcap)
 
 
 def matmul(
@@ -290,18 +369,32 @@ def _tiles(weight: PackedMatrix, rows: slice, columns: slice) -> Quantised:
     return weight.tiles(row, row_tiles, column, -(-columns.stop // layout.tile_columns) - column)
 
 
-def _attended(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, slope: Tensor | None) -> Tensor:
+def _attended(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    slope: Tensor | None,
+    window: int,
+    softcap: float,
+) -> Tensor:
     """One tile of queries [sequences, heads, group, rows, d] over all keys that it may see."""
     *outer, group, rows, d = q.shape
     q = q.reshape(*outer, group * rows, d)
-    most = torch.full((*outer, group, rows, 1), -torch.inf, device=q.device)
+    # Finite: a block may hold no key that a query sees.
+    lowest = torch.finfo(torch.float32).min
+    most = torch.full((*outer, group, rows, 1), lowest, device=q.device)
     total = torch.zeros_like(most)
     sums = torch.zeros(*outer, group, rows, d, device=q.device)
     for c in _blocks(int(positions[-1]) + 1, _KEYS):
         distance = torch.arange(c.start, c.stop, device=q.device) - positions.unsqueeze(1)
         scores = (q @ k[..., c, :].float().transpose(-1, -2)).view(*outer, group, rows, -1)
+        if softcap:
+            scores = scores.div_(softcap).tanh_().mul_(softcap)
         if slope is not None:
             scores += slope * distance
+        if window:
+            scores.masked_fill_(distance <= -window, -torch.inf)
         if c.stop > int(positions[0]) + 1:
             scores.masked_fill_(distance > 0, -torch.inf)
         new = torch.maximum(most, scores.amax(dim=-1, keepdim=True))

@@ -99,25 +99,24 @@ class Builder:
             self.step("matmul", reads, {"out": out}, weights, values, (("residual", "out"),))
         return out
 
-    def glu(self, x: Rows, out: Rows, activation: str) -> Rows:
+    def glu(self, x: Rows, out: Rows, activation: str, gate: str = "gate", up: str = "up") -> Rows:
         """out = activation(gate) · up."""
-        reads, weights, values = self._operands(x, {"gate": "gate", "up": "up"})
+        reads, weights, values = self._operands(x, {"gate": gate, "up": up})
         self.step("glu", reads, {"out": out}, weights, values | {"activation": activation})
         return out
 
-    def qkv(self, x: Rows, attention: Attention, start: int, **targets: Rows) -> None:
-        """`query`, `key`, `value`, or some of them; row 0 of x is at position `start`."""
+    def qkv(self, x: Rows, head_dim: int | None, start: int, **targets: Rows) -> None:
+        """`query`, `key`, `value`, or some of them; row 0 of x is at position `start`.
+
+        With `head_dim` queries and keys are rotated.
+        """
         # What attention gives is rounded to 8 bits, a step function: it would make much of the bits
         # that tensor cores leave away where they add up fp8 products.
         matrices = {f"{name}_weight": name for name in targets}
         reads, weights, values = self._operands(x, matrices, wide=isinstance(self.activation, Fp8))
-        if attention.positions == "rotary":
+        if head_dim is not None:
             weights["frequencies"] = "rotary.frequencies"
-            values |= {
-                "head_dim": attention.head_dim,
-                "start": start,
-                "seq_len": self.shape.seq_len,
-            }
+            values |= {"head_dim": head_dim, "start": start, "seq_len": self.shape.seq_len}
         self.step("qkv", reads, targets, weights, values)
 
     def _operands(
@@ -176,6 +175,7 @@ def attention_block(
     """norm → query, key, value → attention → output projection → residual, for all tokens."""
     seq_len = builder.shape.seq_len
     width = attention.kv_heads * attention.head_dim
+    rotated = attention.head_dim if attention.positions == "rotary" else None
     for first, count in builder.sequences():
         start, rows = first * seq_len, count * seq_len
         key, value = builder.new("key", rows, width), builder.new("value", rows, width)
@@ -189,14 +189,14 @@ def attention_block(
             }
             if len(chunks) == 1:
                 targets |= {"query": _query(builder, attention, size)}
-            builder.qkv(normed, attention, at - start, **targets)
+            builder.qkv(normed, rotated, at - start, **targets)
         for at, size in chunks:
             source = Rows(builder.input, at, size)
             if len(chunks) > 1:
                 # All keys and values had to be there first; of their norms none was kept.
                 normed = _norm(builder, "attention_norm", norm, source)
                 targets = {"query": _query(builder, attention, size)}
-                builder.qkv(normed, attention, at - start, **targets)
+                builder.qkv(normed, rotated, at - start, **targets)
             attended = _attend(builder, targets["query"], key, value, attention, at - start)
             builder.linear(
                 "output",
@@ -230,19 +230,19 @@ def mlp_block(
             builder.linear("up", normed, inner, activation)
         builder.linear("down", inner, states, residual=normed if residual_is_norm else states)
 
-    builder.chunk = _free_chunk(builder, write)
-    _in_chunks(builder, write)
+    builder.chunk = free_chunk(builder, write)
+    in_chunks(builder, write)
 
 
-_Write = Callable[[Builder, int, int], None]
+Write = Callable[[Builder, int, int], None]
 
 
-def _in_chunks(builder: Builder, write: _Write) -> None:
+def in_chunks(builder: Builder, write: Write) -> None:
     for at, size in builder.chunks(0, builder.shape.tokens):
         write(builder, at, size)
 
 
-def _free_chunk(builder: Builder, write: _Write) -> int:
+def free_chunk(builder: Builder, write: Write) -> int:
     """How many tokens at a time take no more memory than what was written so far does.
 
     Attention holds all keys and values, which MLP has no need of: weights are read less often.
@@ -263,7 +263,7 @@ def _free_chunk(builder: Builder, write: _Write) -> int:
         size = math.ceil(tokens / count / _TILE) * _TILE
         trial = deepcopy(builder)
         trial.chunk = size
-        _in_chunks(trial, write)
+        in_chunks(trial, write)
         # The planner may have to leave gaps.
         if size > chunk and plan(trial.program()).nbytes <= before.nbytes:
             return size

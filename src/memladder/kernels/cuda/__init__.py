@@ -4,9 +4,11 @@ They run on NVIDIA GPUs, and on the CPU under Triton's interpreter.
 """
 
 from memladder.kernels.cuda.attention import attention
+from memladder.kernels.cuda.pointwise import layer_norm_heads, pointwise, rms_norm_heads
 from memladder.kernels.cuda.products import glu, matmul, qkv, use_workspace, workspace_bytes
 from memladder.kernels.cuda.rows import layer_norm, quantise, rms_norm, rotary
 from memladder.kernels.cuda.target import INTERPRETED, has_wgmma
+from memladder.kernels.cuda.window import windowed_attention
 
 __all__ = [
     "INTERPRETED",
@@ -14,11 +16,15 @@ __all__ = [
     "glu",
     "has_wgmma",
     "layer_norm",
+    "layer_norm_heads",
     "matmul",
+    "pointwise",
     "qkv",
     "quantise",
     "rms_norm",
+    "rms_norm_heads",
     "rotary",
     "use_workspace",
+    "windowed_attention",
     "workspace_bytes",
 ]

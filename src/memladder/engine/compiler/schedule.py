@@ -1,0 +1,163 @@
+"""A compiled layer's schedule for people: kernels, tiles, traffic.
+
+All numbers here are predicted, from shapes alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from memladder.engine.compiler.compile import Result
+from memladder.engine.compiler.lower import lower
+from memladder.engine.compiler.tiles import ITEM_BYTES, connection, cut
+from memladder.engine.graph.nodes import Attention, Graph, Input, Linear
+from memladder.engine.program import Program, Rows, Step
+from memladder.kernels.packed import matrix_bytes
+from memladder.units import mib
+
+
+def weight_sizes(found: Result) -> dict[str, int]:
+    """Bytes of everything that a step may read by name."""
+    sizes = {
+        name: matrix_bytes(found.formats[name], len(weight.rows), weight.columns)
+        for name, weight in found.fused.matrices.items()
+    }
+    sizes |= {name: 2 * len(vector) for name, vector in found.fused.vectors.items()}
+    return sizes | {name: 4 * len(vector) for name, vector in found.fused.constants.items()}
+
+
+def step_bytes(program: Program, step: Step, sizes: Mapping[str, int]) -> int:
+    """Bytes that a step must read and write: each of its operands once."""
+    buffers = {buffer.name: buffer for buffer in program.buffers}
+
+    def size(rows: Rows) -> int:
+        buffer = buffers[rows.buffer]
+        return buffer.nbytes // buffer.rows * rows.count
+
+    moved = sum(map(size, (*step.reads.values(), *step.writes.values())))
+    return moved + sum(sizes[name] for name in step.weights.values())
+
+
+def unfused_bytes(graph: Graph, sizes: Mapping[str, int]) -> int:
+    """The same if each operator were a kernel of its own over all tokens, without chunks: values go
+    through global memory in fp16; attention writes its scores, and reads and writes them as
+    softmax, and reads them again. Weights are read once."""
+    tokens, moved = graph.shape.tokens, sum(sizes.values())
+    for node in graph.nodes():
+        if isinstance(node, Input):
+            continue
+        columns = node.columns + sum(x.columns for x in node.inputs)
+        if isinstance(node, Linear) and node.bias is not None:
+            columns += 2 * node.columns
+        moved += tokens * columns * ITEM_BYTES
+        if isinstance(node, Attention):
+            moved += 4 * node.heads * tokens * graph.shape.seq_len * ITEM_BYTES
+    return moved
+
+
+def fused_bytes(found: Result, program: Program | None = None) -> int:
+    """Of the program, or of another one for the same layer: the sum over its steps."""
+    sizes, program = weight_sizes(found), program or found.program
+    return sum(step_bytes(program, step, sizes) for step in program.steps)
+
+
+def markdown(found: Result, model: str, engine: str) -> str:
+    """`schedule.md`."""
+    shape, program = found.graph.shape, found.program
+    sizes = weight_sizes(found)
+    unfused = unfused_bytes(found.graph, sizes)
+    whole = fused_bytes(found, lower(found.fused, found.activation, chunk=shape.tokens))
+    activation = "fp16" if found.activation is None else str(found.activation)
+    lines = [
+        f"# {model}, compiled by {engine}",
+        "",
+        f"Batch {shape.batch_size} × {shape.seq_len} tokens; weights {found.format}, activations "
+        f"{activation}; chunks of {found.chunk} tokens at least. "
+        "All numbers are predicted from shapes, none is measured.",
+        "",
+        "| | MiB |",
+        "|---|---:|",
+        f"| weights | {mib(sum(sizes.values())):,.1f} |",
+        f"| arena | {mib(found.plan.nbytes):,.1f} |",
+        f"| least that any plan of this program takes | {mib(found.plan.lower_bound):,.1f} |",
+        f"| traffic of the program | {mib(fused_bytes(found)):,.1f} |",
+        f"| traffic of the same kernels on all tokens at once | {mib(whole):,.1f} |",
+        f"| traffic if every operator were a kernel, scores in memory | {mib(unfused):,.1f} |",
+        "",
+        f"{len(program.steps)} launches. On all tokens at once the kernels move "
+        f"{whole / unfused:.2f} of what unfused operators would; chunks read weights again, for "
+        "the sake of the arena.",
+        "",
+        "## What is joined",
+        "",
+        "Values of the graph that do not reach global memory, and where they stay:",
+        "",
+        *_joined(found),
+        "",
+        "## Kernels",
+        "",
+        "| kernel | launches | reads | weights | writes | tile | waves | MiB each |",
+        "|---|---:|---|---|---|---|---:|---:|",
+        *_kernels(found, sizes),
+        "",
+        "## Arena",
+        "",
+        "![Where buffers lie, step by step](arena.svg)",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _joined(found: Result) -> Iterator[str]:
+    """Edges of the canonical graph inside one kernel, by the tile maps."""
+    kept = {id(node) for node in found.graph.nodes()}
+    names: dict[str, int] = {}
+    for node in found.graph.nodes():
+        for x in node.inputs:
+            if id(x) not in kept or isinstance(x, Input):
+                continue
+            kinds = (type(x).__name__, type(node).__name__)
+            if kinds in (("Linear", "Pointwise"), ("Pointwise", "Pointwise"), ("Linear", "Rotary")):
+                where = connection(x, node, (128, 128))
+                names_key = f"{kinds[0].lower()} → {_called(node)}: {where}"
+                names[names_key] = names.get(names_key, 0) + 1
+    yield from (
+        f"- {name}{f' ({count} times)' if count > 1 else ''}" for name, count in names.items()
+    )
+
+
+def _called(node: object) -> str:
+    return str(getattr(node, "function", type(node).__name__.lower()))
+
+
+def _kernels(found: Result, sizes: Mapping[str, int]) -> Iterator[str]:
+    """A row for each kind of step: chunks of the same size are one."""
+    groups: dict[tuple[object, ...], list[Step]] = {}
+    for step in found.program.steps:
+        rows = next(iter(step.writes.values())).count
+        key = (step.kernel, tuple(step.weights.values()), rows, tuple(step.writes))
+        groups.setdefault(key, []).append(step)
+    for steps in groups.values():
+        step = steps[0]
+        rows = next(iter(step.writes.values())).count
+        tile, waves = "rows", ""
+        matrices = [name for name in step.weights.values() if name in found.fused.matrices]
+        if matrices:
+            weights = [found.fused.matrices[name] for name in matrices]
+            columns = sum(len(weight.rows) for weight in weights)
+            best = cut(rows, columns, weights[0].columns, sum(sizes[name] for name in matrices))
+            tile, waves = f"{best.rows} × {best.columns}", f"{best.waves:.1f}"
+        called = step.kernel + "".join(
+            f" {step.values[name]}" for name in ("activation", "function") if step.values.get(name)
+        )
+        size = max(step_bytes(found.program, other, sizes) for other in steps)
+        yield (
+            f"| {called} | {len(steps)} | {', '.join(_buffers(step.reads))} ({rows} rows) "
+            f"| {', '.join(matrices)} | {', '.join(_buffers(step.writes))} | {tile} | {waves} "
+            f"| {mib(size):,.1f} |"
+        )
+
+
+def _buffers(rows: Mapping[str, Rows]) -> list[str]:
+    """Buffers without the number that tells chunks apart."""
+    return list(dict.fromkeys(part.buffer.partition(".")[0] for part in rows.values()))

@@ -1,0 +1,110 @@
+"""Decoder layers of many architectures compiled from ONNX, run by the naive kernels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from memladder.engine import packed_layer
+from memladder.engine.compiler import bundle
+from memladder.engine.compiler.compile import Options, compile_file
+from memladder.engine.execute import Execution, arena_bytes
+from memladder.engine.graph.evaluate import evaluate
+from memladder.engine.graph.nodes import Array
+from memladder.kernels import naive
+from tests import hf_layers
+
+# transformers and the exporter warn about their own code.
+pytestmark = pytest.mark.filterwarnings("default")
+
+# Launches of the layer at one chunk: what its structure needs.
+LAUNCHES = {
+    **{"llama": 7, "bloom": 7, "bloom_6": 7, "opt": 7, "qwen2": 7, "gemma": 7, "mistral_full": 7},
+    **{"gpt_neox": 7, "falcon": 6, "falcon_grouped": 7, "falcon_alibi": 7, "phi": 6, "phi3": 7},
+    **{"gpt2": 7, "gptj": 6, "mpt": 7, "cohere": 6, "granite": 7, "helium": 7, "stablelm": 7},
+    # A square after the rectifier; norms of heads; norms after attention and MLP.
+    **{"nemotron": 8, "qwen3": 11, "olmo2": 13},
+    # Windows of 8 tokens; a soft cap; norms before and after.
+    **{"mistral": 7, "gemma2": 11, "gemma3": 15},
+}
+EAGER = ("bloom", "bloom_6", "falcon", "falcon_alibi", "mpt", "gemma2")
+
+
+def run(
+    path: Path,
+    states: Tensor,
+    folder: Path,
+    options: Options,
+    kernels: ModuleType = naive,
+    device: str = "cpu",
+) -> tuple[Tensor, int]:
+    """The compiled layer's output, and how many launches it takes."""
+    found = compile_file(path, options)
+    bundle.pack(found.fused, found.formats, found.format, folder / bundle.WEIGHTS)
+    text = bundle.program_json(found.fused, found.program, found.plan)
+    (folder / bundle.PROGRAM).write_text(text)
+    loaded = bundle.load(folder / bundle.PROGRAM, folder / bundle.WEIGHTS)
+    assert (loaded.program, loaded.plan) == (found.program, found.plan)
+    size = arena_bytes(loaded.program, loaded.plan, kernels)
+    # NaN, so that nothing is read before it was written.
+    arena = torch.full((size,), 255, dtype=torch.uint8, device=device)
+    weights = loaded.weights
+    block = torch.empty(packed_layer.device_bytes(weights), dtype=torch.uint8, device=device)
+    weights = packed_layer.on_device(weights, block)
+    execution = Execution(loaded.program, loaded.plan, weights, kernels, arena)
+    execution.input.copy_(states.half().flatten(0, 1))
+    execution.run()
+    return execution.output.cpu().view(states.shape).float(), len(found.program.steps)
+
+
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_the_compiled_layer_is_the_layer(name: str, tmp_path: Path) -> None:
+    module = hf_layers.layer(name, 2, 13, torch.float32, "eager" if name in EAGER else "sdpa")
+    given = hf_layers.states(module, 2, 13, torch.float32)
+    path = hf_layers.export(module, given, tmp_path / "layer.onnx")
+    found, launches = run(path, given, tmp_path, Options("welder"))
+    assert hf_layers.relative_error(found, module(given)) <= 2e-3
+    assert launches == LAUNCHES[name]
+
+
+@pytest.mark.parametrize("name", ["gpt_neox", "qwen3", "mistral"])
+def test_chunks_of_a_long_sequence(name: str, tmp_path: Path) -> None:
+    module = hf_layers.layer(name, 1, 150, torch.float32, "sdpa")
+    given = hf_layers.states(module, 1, 150, torch.float32)
+    path = hf_layers.export(module, given, tmp_path / "layer.onnx")
+    whole = compile_file(path, Options()).plan.nbytes
+    found, _ = run(path, given, tmp_path, Options(budget=whole * 4 // 5))
+    assert hf_layers.relative_error(found, module(given)) <= 2e-3
+
+
+def test_a_window_that_is_longer_than_the_sequence_is_none(tmp_path: Path) -> None:
+    module = hf_layers.layer("mistral", 2, 8, torch.float32, "eager")
+    given = hf_layers.states(module, 2, 8, torch.float32)
+    path = hf_layers.export(module, given, tmp_path / "layer.onnx")
+    found, _ = run(path, given, tmp_path, Options())
+    assert hf_layers.relative_error(found, module(given)) <= 2e-3
+
+
+@pytest.mark.parametrize("form", ["int4", "nf4"])
+def test_quantised_weights_against_the_graph_on_what_they_decode_to(
+    form: str, tmp_path: Path
+) -> None:
+    module = hf_layers.layer("gpt_neox", 2, 13, torch.float32, "sdpa")
+    given = hf_layers.states(module, 2, 13, torch.float32)
+    path = hf_layers.export(module, given, tmp_path / "layer.onnx")
+    found, _ = run(path, given, tmp_path, Options(format=form))
+    packed = bundle.load_weights(tmp_path / bundle.WEIGHTS)
+    compiled = compile_file(path, Options(format=form))
+    for name, weight in compiled.fused.matrices.items():
+        decoded = packed.matrices[name].dequantise().numpy()
+        # The graph's own nodes hold these objects.
+        object.__setattr__(weight, "array", Array(name, decoded))
+        object.__setattr__(weight, "rows", np.arange(len(decoded)))
+    expected = evaluate(compiled.graph, given)
+    assert hf_layers.relative_error(found, expected) <= 2e-3
+    assert hf_layers.relative_error(expected, module(given)) > 2e-2

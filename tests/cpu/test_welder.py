@@ -1,0 +1,68 @@
+"""Welder on the CPU: compiled from ONNX, right, and as small as Ladder's fp16 program."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from memladder import frameworks, models
+from memladder.case import Case, Shape
+from memladder.engine import programs
+from memladder.engine.plan import plan
+from memladder.frameworks.base import Job, Session
+from memladder.models import reference, weights
+
+# transformers and the exporter warn about their own code.
+pytestmark = pytest.mark.filterwarnings("default")
+
+
+@pytest.fixture(scope="module")
+def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+def started(model: str, shape: Shape, cache_dir: Path) -> tuple[Job, Session]:
+    """A session of a narrow layer that has run once."""
+    job = Job(Case(model, "welder", shape, "cpu"), models.narrow_config(model), cache_dir)
+    found = frameworks.get("welder")
+    found.prepare(job)
+    session = found.session(job, [].append)
+    session.context()
+    session.weights()
+    session.compile()
+    session.run()
+    return job, session
+
+
+@pytest.mark.parametrize("model", ["llama", "bloom"])
+@pytest.mark.parametrize("shape", ["1x1", "32x1", "3x170", "1x1025"])
+def test_the_layer_is_computed_right(model: str, shape: str, cache_dir: Path) -> None:
+    job, session = started(model, Shape.parse(shape), cache_dir)
+    path = weights.ensure(job.config, cache_dir, 0)
+    expected = reference.output(job.config, path, job.case.shape, 0)
+    assert reference.error(session.output(), expected) <= 2e-3
+
+
+@pytest.mark.parametrize("model", ["llama", "bloom"])
+def test_it_holds_fp16_weights_and_the_least_arena(model: str, cache_dir: Path) -> None:
+    job, session = started(model, Shape(1, 1025), cache_dir)
+    held, settings = session.categories(), session.settings()
+    constants = 4 * (job.config.values.get("head_dim", 0) // 2 or job.config.values["n_head"])
+    assert held["weights"] == weights.weight_bytes(job.config) + constants
+    own = programs.definition(model).program(job.config.values, job.case.shape, None)
+    assert held["arena"] == held["arena_lower_bound"] == plan(own).nbytes
+    assert settings["weight_format"] == settings["activation_format"] == "fp16"
+    assert settings["compiled_from"] == "onnx"
+
+
+def test_all_shapes_share_one_file_of_weights(cache_dir: Path) -> None:
+    jobs = [started("llama", Shape(n, 1), cache_dir)[0] for n in (1, 2)]
+    folder = weights.ensure(jobs[0].config, cache_dir, 0).parent
+    assert len(list(folder.glob("compiled-*"))) == 1
+    assert len({frameworks.get("welder").makes(job) for job in jobs}) == 2
+
+
+def test_its_variant_is_none_and_its_title_is_the_figures() -> None:
+    assert [name for name in frameworks.names() if name.startswith("welder")] == ["welder"]
+    assert frameworks.get("welder").title == "Welder"

@@ -1,0 +1,155 @@
+"""Narrow decoder layers of Hugging Face transformers with random weights, exported to ONNX.
+
+The layer is called as its own model calls it: what the model passes besides the hidden states is
+recorded from a forward pass, and becomes constants of the export.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+WIDTHS: Mapping[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+}
+_GPT = {"n_embd": 64, "n_head": 4}
+
+# By a name of ours: model type and what its configuration is given.
+LAYERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "llama": ("llama", WIDTHS),
+    "bloom": ("bloom", {"hidden_size": 64, "n_head": 4}),
+    "bloom_6": ("bloom", {"hidden_size": 96, "n_head": 6}),
+    "gpt_neox": ("gpt_neox", {k: v for k, v in WIDTHS.items() if k != "head_dim"}),
+    "opt": (
+        "opt",
+        {"hidden_size": 64, "ffn_dim": 96, "num_attention_heads": 4, "word_embed_proj_dim": 64},
+    ),
+    "mistral": ("mistral", {**WIDTHS, "sliding_window": 8}),
+    "mistral_full": ("mistral", {**WIDTHS, "sliding_window": None}),
+    "qwen2": ("qwen2", WIDTHS),
+    "gemma": ("gemma", WIDTHS),
+    "falcon": ("falcon", {"hidden_size": 64, "num_attention_heads": 4, "multi_query": True}),
+    "falcon_grouped": (
+        "falcon",
+        {
+            "hidden_size": 64,
+            "num_attention_heads": 4,
+            "new_decoder_architecture": True,
+            "num_kv_heads": 2,
+        },
+    ),
+    "falcon_alibi": (
+        "falcon",
+        {"hidden_size": 64, "num_attention_heads": 4, "alibi": True, "parallel_attn": False},
+    ),
+    "phi": ("phi", {**WIDTHS, "partial_rotary_factor": 0.5}),
+    "phi3": ("phi3", WIDTHS),
+    "stablelm": ("stablelm", WIDTHS),
+    "gemma2": ("gemma2", {**WIDTHS, "sliding_window": 8}),
+    "gemma3": ("gemma3_text", {**WIDTHS, "sliding_window": 8}),
+    "qwen3": ("qwen3", WIDTHS),
+    "gpt2": ("gpt2", _GPT),
+    "gptj": ("gptj", {**_GPT, "rotary_dim": 8}),
+    "mpt": ("mpt", {"d_model": 64, "n_heads": 4}),
+    "cohere": ("cohere", WIDTHS),
+    "olmo2": ("olmo2", WIDTHS),
+    "granite": ("granite", {**WIDTHS, "attention_multiplier": 0.1, "residual_multiplier": 0.3}),
+    "nemotron": ("nemotron", WIDTHS),
+    "helium": ("helium", WIDTHS),
+}
+
+
+class Layer(nn.Module):
+    """hidden_states [batch_size, seq_len, hidden_size] to the same."""
+
+    def __init__(self, block: nn.Module, passed: tuple[Any, ...], named: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.block = block
+        self._passed, self._named = passed, named
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        found = self.block(hidden_states, *self._passed, **self._named)
+        return found[0] if isinstance(found, tuple) else found
+
+
+class _StopError(Exception):
+    """The block was reached."""
+
+
+def layer(name: str, batch_size: int, seq_len: int, dtype: torch.dtype, attention: str) -> Layer:
+    """A layer of `LAYERS`; `attention` is how transformers computes it: `sdpa` or `eager`."""
+    from transformers import AutoConfig, AutoModel
+
+    kind, values = LAYERS[name]
+    config = AutoConfig.for_model(kind, vocab_size=32, num_hidden_layers=1, **values)
+    config._attn_implementation = attention
+    config.use_cache = False
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(0)
+        model = AutoModel.from_config(config).to(dtype).eval()
+    blocks = next(m for m in model.modules() if isinstance(m, nn.ModuleList))
+    _randomise(blocks[0], dtype)
+    given: list[Any] = []
+
+    def note(_: nn.Module, passed: tuple[Any, ...], named: dict[str, Any]) -> None:
+        given.extend((passed[1:], {k: v for k, v in named.items() if k != "hidden_states"}))
+        raise _StopError
+
+    blocks[0].register_forward_pre_hook(note, with_kwargs=True)
+    with contextlib.suppress(_StopError):
+        model(torch.zeros(batch_size, seq_len, dtype=torch.long))
+    blocks[0]._forward_pre_hooks.clear()
+    blocks[0]._forward_pre_hooks_with_kwargs.clear()
+    blocks[0].requires_grad_(False)
+    return Layer(blocks[0], *given)
+
+
+def _randomise(block: nn.Module, dtype: torch.dtype) -> None:
+    """Every parameter matters: see `memladder.models.weights`."""
+    generator = torch.Generator().manual_seed(1)
+    for parameter in block.parameters():
+        values = torch.randn(parameter.shape, generator=generator)
+        values *= parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 0.1
+        parameter.data = (values + (parameter.dim() == 1)).to(dtype)
+
+
+def export(module: nn.Module, states: Tensor, path: Path, opset: int = 23) -> Path:
+    """The module as PyTorch's exporter writes it, weights beside it."""
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            module, (states,), dynamo=True, opset_version=opset, verbose=False
+        )
+    assert program is not None
+    program.save(path, external_data=True)
+    return path
+
+
+def states(module: Layer, batch_size: int, seq_len: int, dtype: torch.dtype) -> Tensor:
+    """Standard normal hidden states."""
+    named = module.named_parameters()
+    width = max(p.numel() for name, p in named if "norm" in name or "ln" in name)
+    generator = torch.Generator().manual_seed(2)
+    return torch.randn(batch_size, seq_len, width, generator=generator).to(dtype)
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """‖found − expected‖ / ‖expected‖."""
+    ours, theirs = (x.double().numpy() for x in (found, expected))
+    return float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))

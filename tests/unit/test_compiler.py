@@ -1,0 +1,249 @@
+"""Compiled programs: those of LLaMA and BLOOM are the hand-written ones; budgets, files, tiles."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from memladder import formats, models
+from memladder.case import Shape
+from memladder.engine import packed_layer, packing, programs
+from memladder.engine.compiler import arena, bundle, schedule, tiles
+from memladder.engine.compiler.compile import Options, compile_file
+from memladder.engine.compiler.fuse import fuse
+from memladder.engine.compiler.fused import Fused, Product
+from memladder.engine.compiler.lower import lower
+from memladder.engine.graph import convert
+from memladder.engine.graph.nodes import Input, Linear, Norm, Pointwise
+from memladder.engine.plan import plan
+from memladder.engine.program import Program, Step
+from memladder.errors import FormatError, GraphError, UsageError
+from memladder.models import onnx_export
+from tests.unit.onnx_models import save
+
+# transformers and the exporter warn about their own code.
+pytestmark = pytest.mark.filterwarnings("default")
+
+
+@pytest.fixture(scope="module")
+def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+def exported(model: str, shape: str, cache_dir: Path) -> Path:
+    return onnx_export.ensure(models.narrow_config(model), cache_dir, Shape.parse(shape), 0)
+
+
+def fused(model: str, shape: str, cache_dir: Path) -> Fused:
+    return fuse(convert.load(exported(model, shape, cache_dir)))
+
+
+def hand_written(model: str, shape: str, **options: Any) -> Program:
+    values = models.narrow_config(model).values
+    found: Program = programs.definition(model).program(
+        values, Shape.parse(shape), options.pop("activation", None), **options
+    )
+    return found
+
+
+@pytest.mark.parametrize("model", ["llama", "bloom"])
+@pytest.mark.parametrize("shape", ["2x17", "3x600", "1x1025"])
+@pytest.mark.parametrize("activation", [None, "fp8", "mxfp8", "int8"])
+def test_the_compiled_program_is_the_hand_written_one(
+    model: str, shape: str, activation: str | None, cache_dir: Path
+) -> None:
+    kind = None if activation is None else formats.get(activation)
+    found = lower(fused(model, shape, cache_dir), kind)
+    assert found == hand_written(model, shape, activation=kind)
+
+
+@pytest.mark.parametrize("model", ["llama", "bloom"])
+@pytest.mark.parametrize("shape", ["1x1", "32x1"])
+def test_single_tokens_need_no_positions(model: str, shape: str, cache_dir: Path) -> None:
+    found, expected = lower(fused(model, shape, cache_dir)), hand_written(model, shape)
+    assert [step.kernel for step in found.steps] == [step.kernel for step in expected.steps]
+    assert plan(found) == plan(expected)
+    positions = {"frequencies", "slopes"}
+    assert not any(positions & step.weights.keys() for step in found.steps)
+
+
+@pytest.mark.parametrize("options", [{"chunk": 7}, {"in_place": False}, {"chunk": 64}])
+def test_chunks_and_inputs_that_are_kept(options: dict[str, Any], cache_dir: Path) -> None:
+    found = lower(fused("llama", "3x50", cache_dir), **options)
+    assert found == hand_written("llama", "3x50", **options)
+
+
+@pytest.mark.parametrize("model", ["llama", "bloom"])
+@pytest.mark.parametrize("form", ["fp16", "int4"])
+def test_the_packed_weights_are_the_checkpoints(
+    model: str, form: str, tmp_path: Path, cache_dir: Path
+) -> None:
+    config = models.narrow_config(model)
+    found = compile_file(exported(model, "2x17", cache_dir), Options(format=form))
+    bundle.pack(found.fused, found.formats, found.format, tmp_path / "weights")
+    ours = bundle.load_weights(tmp_path / "weights")
+    theirs = packed_layer.load(packing.ensure(config, formats.get(form), cache_dir, 0))
+    assert ours.matrices.keys() == theirs.matrices.keys()
+    for name, matrix in theirs.matrices.items():
+        assert torch.equal(ours.matrices[name].codes, matrix.codes)
+        if matrix.scales is not None:
+            assert torch.equal(ours.matrices[name].scales, matrix.scales)
+    for name, vector in ours.vectors.items():
+        assert torch.equal(vector, theirs.vectors[name])
+    for name, constant in found.fused.constants.items():
+        np.testing.assert_allclose(constant, theirs.vectors[name].numpy(), rtol=1e-6)
+
+
+def test_matrices_that_are_kept_in_fp16(cache_dir: Path) -> None:
+    path = exported("llama", "2x17", cache_dir)
+    found = compile_file(path, Options(format="int4", kept=("down", "*o_proj*")))
+    kept = {name for name, kind in found.formats.items() if str(kind) == "fp16"}
+    assert kept == {"down", "output"}
+    with pytest.raises(UsageError, match="kept in fp16 only where activations are in fp16"):
+        compile_file(path, Options(format="fp8", kept=("down",)))
+
+
+def test_a_memory_budget_is_kept_and_used(cache_dir: Path) -> None:
+    path = exported("bloom", "1x1025", cache_dir)
+    least = compile_file(path, Options(budget=plan(hand_written("bloom", "1x1025")).nbytes))
+    assert least.chunk >= 512
+    wide = compile_file(path, Options(budget=1 << 30))
+    assert wide.chunk >= 1025
+    assert len(wide.program.steps) == 7
+    with pytest.raises(
+        UsageError, match=r"a memory budget of 1,024 bytes is too small: [\d,]+ are the "
+    ):
+        compile_file(path, Options(budget=1024))
+
+
+def test_compiling_twice_is_the_same(cache_dir: Path) -> None:
+    path = exported("llama", "3x600", cache_dir)
+    one, two = (compile_file(path, Options(format="int4")) for _ in range(2))
+    assert (one.program, one.plan) == (two.program, two.plan)
+    assert schedule.markdown(one, "m", "ladder") == schedule.markdown(two, "m", "ladder")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (Options("tvm"), "unknown engine 'tvm'; known: welder, ladder"),
+        (Options("welder", "int4"), "welder fuses and has no number format but fp16"),
+        (Options("welder", activation="fp8"), "welder fuses and has no number format but fp16"),
+        (Options("ladder", "int4", "int4"), "int4 is no activation format; allowed: fp16, fp8"),
+        (Options("ladder", "int5"), "int5"),
+    ],
+)
+def test_options_that_can_not_be(options: Options, said: str, cache_dir: Path) -> None:
+    with pytest.raises((UsageError, FormatError), match=said):
+        compile_file(exported("llama", "2x17", cache_dir), options)
+
+
+def test_nodes_without_a_kernel_are_named(tmp_path: Path) -> None:
+    path = save(tmp_path / "m.onnx", [("Erf", "x", "e"), ("Exp", "e", "y")])
+    with pytest.raises(GraphError, match="no kernel for exp 'exp_1'"):
+        compile_file(path, Options())
+
+
+def test_a_product_never_writes_over_what_it_reads(tmp_path: Path) -> None:
+    matrix = np.eye(8, dtype=np.float32)
+    path = save(tmp_path / "m.onnx", [("MatMul", ("x", "w"), "y")], {"w": matrix})
+    found = compile_file(path, Options())
+    assert found.program.input != found.program.output
+
+
+def test_programs_that_are_none(tmp_path: Path, cache_dir: Path) -> None:
+    found = compile_file(exported("llama", "2x17", cache_dir), Options())
+    program, weights = tmp_path / "program.json", tmp_path / "weights"
+    bundle.pack(found.fused, found.formats, found.format, weights)
+    text = bundle.program_json(found.fused, found.program, found.plan)
+    raw = json.loads(text)
+    for changed in (
+        "", "[]", "{}", text[:-20], text.replace('"matmul"', '"__loader__"'),
+        json.dumps({**raw, "memladder_program": 9}), json.dumps({**raw, "buffers": []}),
+    ):  # fmt: skip
+        program.write_text(changed)
+        with pytest.raises(FormatError, match="not a program of memladder"):
+            bundle.load(program, weights)
+    program.write_text(text.replace('"down"', '"elsewhere"'))
+    with pytest.raises(FormatError, match="'elsewhere' is missing"):
+        bundle.load(program, weights)
+    program.write_text(text)
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(FormatError, match="not a readable safetensors file"):
+        bundle.load(program, weights)
+
+
+X = Input(256, "x")
+
+
+def test_tiles_follow_the_index_maps() -> None:
+    norm = Norm(256, "", X, "rms", 256, 1e-5)
+    product = Product(512, "", norm, "up")
+    added = Pointwise(512, "", "add", (product, Product(512, "", X, "gate")))
+    # 256 columns of 128 rows are 64 KiB, which fit; 8192 do not.
+    assert tiles.needed(product, (128, 64)) == [(128, 256)]
+    assert tiles.needed(added, (128, 64)) == [(128, 64), (128, 64)]
+    assert tiles.needed(norm, (1, 1)) == [(1, 256)]
+    assert tiles.connection(product, added, (128, 64)) == "register"
+    assert tiles.connection(norm, product, (128, 64)) == "shared"
+    wide = Norm(8192, "", Input(8192, "x"), "rms", 8192, 1e-5)
+    assert tiles.connection(wide, Product(512, "", wide, "up"), (128, 64)) == "global"
+
+
+def test_the_tile_of_a_product_moves_the_fewest_bytes() -> None:
+    # One row: the weight once, the activation once, the output once.
+    one = tiles.cut(1, 28672, 8192, 2 * 28672 * 8192)
+    assert one.nbytes == 2 * (28672 * 8192 + 8192 + 28672)
+    assert one.rows == 16
+    many = tiles.cut(4096, 8192, 8192, 2 * 8192 * 8192)
+    assert tiles.cut(512, 57344, 8192, 2 * 57344 * 8192).nbytes == 2 * (
+        57344 * 8192 + 512 * 8192 + 512 * 57344
+    )
+    assert (many.rows, many.columns) == (128, 256)
+    # 64 MiB twice: neither fits into half of the cache.
+    assert many.nbytes == 2 * (32 * 8192 * 8192 + 32 * 4096 * 8192 + 4096 * 8192)
+
+
+def test_traffic_is_counted_by_hand(cache_dir: Path) -> None:
+    found = compile_file(exported("llama", "1x1", cache_dir), Options())
+    sizes = schedule.weight_sizes(found)
+    values = models.narrow_config("llama").values
+    assert sum(sizes.values()) == 2 * models.parameters(models.narrow_config("llama"))
+    hidden, inner = values["hidden_size"], values["intermediate_size"]
+    kv = values["num_key_value_heads"] * values["head_dim"]
+    # norm, qkv, attention, output with its residual, norm, gate and up, down with its residual.
+    columns = (2 + 2 + 2 + 3 + 2 + 1 + 2) * hidden + 2 * inner + 4 * kv
+    assert schedule.fused_bytes(found) == sum(sizes.values()) + 2 * columns
+    assert schedule.unfused_bytes(found.graph, sizes) > schedule.fused_bytes(found)
+
+
+def test_the_schedule_says_what_was_done(cache_dir: Path, tmp_path: Path) -> None:
+    found = compile_file(exported("bloom", "1x1025", cache_dir), Options(format="int4"))
+    text = schedule.markdown(found, "bloom.onnx", "ladder")
+    assert "# bloom.onnx, compiled by ladder" in text
+    assert "weights int4" in text
+    assert "none is measured" in text
+    assert f"{len(found.program.steps)} launches" in text
+    arena.draw(found.program, found.plan, tmp_path / "arena.svg")
+    drawn = (tmp_path / "arena.svg").read_text()
+    assert all(buffer.partition(".")[0] in drawn for buffer in found.program.lifetimes())
+    arena.draw(found.program, found.plan, tmp_path / "again.svg")
+    assert (tmp_path / "again.svg").read_text() == drawn
+
+
+def test_steps_of_a_graph_without_attention(tmp_path: Path) -> None:
+    matrix = np.eye(8, dtype=np.float32)
+    nodes = [("MatMul", ("x", "w"), "m"), ("Relu", "m", "r"), ("Add", ("r", "x"), "y")]
+    found = compile_file(save(tmp_path / "m.onnx", nodes, {"w": matrix}), Options())
+    (step,) = found.program.steps
+    assert isinstance(step, Step)
+    assert (step.kernel, step.values) == ("matmul", {"activation": "relu"})
+    assert step.reads.keys() == {"x", "residual"}
+    assert isinstance(found.graph.output, Pointwise)
+    assert isinstance(found.graph.output.operands[0], Pointwise)
+    assert isinstance(found.graph.output.operands[0].operands[0], Linear)
