@@ -292,12 +292,11 @@ def _whole(x, x_scales, residual, weight0, scales0, bias0, out0, N0, weight1, sc
 @dataclass(frozen=True)
 class Cut:
     """Output channels of a program (of each of two weights, if gated), its warps, and, of whole
-    rows, how much of K a step has; a limit on its registers."""
+    rows, how much of K a step has."""
 
     rows: int
     warps: int
     block: int = 0
-    registers: int | None = None
 
 
 def product(operand: Operand, part: Part, activation: str, residual: Tensor | None) -> bool:
@@ -399,7 +398,6 @@ def _packed(
         ROWS=cut.rows,
         TILES=cut.warps,
         num_warps=cut.warps,
-        maxnreg=cut.registers,
     )
     return True
 

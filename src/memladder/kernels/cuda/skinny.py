@@ -179,13 +179,12 @@ def _few(x, x_scales, residual, scratch, weight0, scales0, bias0, out0, N0,
 @dataclass(frozen=True)
 class Cut:
     """Rows of weights of a program, and how many programs there should be: if there are fewer,
-    K is divided. Its warps and stages, and a limit on its registers."""
+    K is divided. Its warps and stages."""
 
     rows: int
     programs: int
     warps: int
     stages: int
-    registers: int | None = None
 
 
 def product(operand: Operand, part: Part, activation: str, residual: Tensor | None) -> bool:
@@ -227,7 +226,7 @@ def _run(
     ):
         return False
     tokens = max(16, triton.next_power_of_2(rows))
-    cut = choice("skinny", _shape(parts, pair, tokens), _cuts(own, pair, parts))
+    cut = choice("skinny", _shape(parts, pair, tokens), _cuts(own, pair))
     channels = cut.rows // 2 if pair else cut.rows
     counted = parts[:1] if pair else parts
     grid = sum(triton.cdiv(part.weight.rows, channels) for part in counted)
@@ -284,7 +283,6 @@ def _run(
         SPLIT=split,
         STAGES=cut.stages,
         num_warps=cut.warps,
-        maxnreg=cut.registers,
     )
     return True
 
@@ -295,14 +293,7 @@ def _shape(parts: Sequence[Part], pair: bool, tokens: int) -> str:
     return f"{weight.format} {tokens} {'gated ' * pair}{rows}x{weight.columns}"
 
 
-def _cuts(own: Format, pair: bool, parts: Sequence[Part]) -> Sequence[Cut]:
+def _cuts(own: Format, pair: bool) -> Sequence[Cut]:
     if own.bits == 1:
         return [Cut(128, 1, 4, 5), Cut(64, 1, 4, 5)] if pair else [Cut(64, 320, 4, 5)]
-    cuts = [Cut(128, 384, 4, 4), Cut(128, 384, 4, 5)]
-    if pair:
-        cuts = [Cut(128, 1, 4, 5), Cut(128, 1, 4, 4)]
-    # Where unpacking takes few registers three programs fit on a processor; not with a bias or with
-    # the addresses of several products.
-    if own.is_interleaved and (pair or (len(parts) == 1 and parts[0].bias is None)):
-        cuts = [Cut(128, 1 if pair else 512, 4, 3, 128), *cuts]
-    return cuts
+    return [Cut(128, 1, 4, 5), Cut(128, 1, 4, 4)] if pair else [Cut(128, 384, 4, 4)]
