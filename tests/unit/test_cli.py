@@ -96,7 +96,7 @@ def test_bad_configs_are_one_line_and_status_2(tmp_path: Path, content: str, sai
         (["--models", "llama"], "--models measures, so it needs --reproduce"),
         (["--reproduce", "--shapes", "1by1"], "shape '1by1' is not of the form BATCHxSEQ"),
         (["--reproduce", "--frameworks", "tf"], "unknown framework 'tf'"),
-        (["--reproduce", "--frameworks", "tensorrt"], "none of the frameworks tensorrt can run"),
+        (["--reproduce", "--frameworks", "vllm"], "none of the frameworks vllm can run"),
         (["--reproduce", "--config", "c.json"], "--config c.json describes one model"),
         (["--reproduce", "--repeats", "0"], "repeats '0'"),
         (["--output-dir", "/dev/null/x"], "cannot write into folder /dev/null/x"),
@@ -147,11 +147,11 @@ def test_help_loads_neither_rich_nor_numpy(tmp_path: Path) -> None:
 
 
 def test_a_framework_that_is_not_here_prints_a_status_and_no_number(tmp_path: Path) -> None:
-    done = script("measure_memory.py", "--framework", "welder", "--device", "cpu", cwd=tmp_path)
+    done = script("measure_memory.py", "--framework", "vllm", "--device", "cpu", cwd=tmp_path)
     assert done.returncode == 1
-    assert done.stdout == "Measure the memory for llama batch 1 seq 1 under welder\n"
+    assert done.stdout == "Measure the memory for llama batch 1 seq 1 under vllm\n"
     assert "unavailable: " in done.stderr
-    record = json.loads((tmp_path / "log/llama_welder_1_1.json").read_text())
+    record = json.loads((tmp_path / "log/llama_vllm_1_1.json").read_text())
     assert (record["status"], record["runs"]) == ("unavailable", [])
 
 
@@ -220,7 +220,7 @@ def test_frameworks_lists_every_system_with_its_reason(tmp_path: Path) -> None:
     assert done.returncode == 0
     for key in ("pytorch", "onnxruntime", "tensorrt", "vllm_fp16_int4", "ladder_int8_int1"):
         assert key in done.stdout
-    assert "has no runner for it" in done.stdout
+    assert "runs on CUDA only" in done.stdout
 
 
 def test_install_commands_are_printed_as_they_are(

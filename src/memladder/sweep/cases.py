@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from memladder import __version__, frameworks, models
+from memladder import frameworks, models
 from memladder.case import FIGURE_MODELS, FIGURE_SHAPES, FIGURE_SYSTEMS, Case, Shape
 from memladder.environments import ask
 from memladder.errors import UsageError
@@ -25,8 +25,6 @@ def availability(framework: str, device: str) -> Availability:
     """Whether a known framework can run on `device` here. Raises UsageError for an unknown one."""
     if framework in frameworks.names():
         return ask.availability(framework, frameworks.get(framework), device)
-    if framework in FIGURE_SYSTEMS:
-        return Availability(False, reason=f"memladder {__version__} has no runner for it")
     raise UsageError(f"unknown framework {framework!r}; known: {', '.join(known_frameworks())}")
 
 
