@@ -67,9 +67,10 @@ def test_a_package_that_is_missing_is_a_reason(key: str, monkeypatch: pytest.Mon
     )
     found = frameworks.get(key).availability("cpu")
     assert not found.available
-    assert (
-        found.reason == f"{package} is not installed" or found.reason == f"{package} not installed"
-    )
+    assert found.reason is not None
+    # llama.cpp needs another package beside it, which may be missing as well.
+    assert found.reason.startswith(package)
+    assert found.reason.endswith("not installed")
     assert found.install is not None
     assert found.install.startswith("pip install 'memladder[")
 

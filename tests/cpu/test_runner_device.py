@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from memladder import models
 from memladder.case import Case, Shape
 from memladder.errors import WorkerError
 from memladder.frameworks.base import Job
@@ -63,7 +64,8 @@ def measure_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> MeasureOn:
         gpu = PlayedGpu(told)
         device = Device(FakeNvml(gpu), gpu)
         monkeypatch.setattr(devices, "device", lambda _: device)
-        values = {"script": {"weights": "allocate"}, "argument": 100 * MIB}
+        layer = models.narrow_config("llama").values
+        values = {**layer, "script": {"weights": "allocate"}, "argument": 100 * MIB}
         case = Case("llama", "scripted", Shape(1, 1), "cuda:0")
         return runner.run_once(
             Job(case, LayerConfig("llama", values), tmp_path),

@@ -31,7 +31,7 @@ class Sweep:
         config.write_text(json.dumps(dict(models.narrow_config("llama").values)))
         self.command = [
             *(sys.executable, str(ROOT / "run_all.py"), "--reproduce", "--device", "cpu"),
-            *("--models", "llama", "--config", str(config), "--frameworks", "onnxruntime,welder"),
+            *("--models", "llama", "--config", str(config), "--frameworks", "onnxruntime,vllm"),
             *("--shapes", ",".join(f"{b}x{s}" for b, s in SHAPES)),
             *("--output-dir", str(folder), "--cache-dir", str(folder / "cache")),
         ]
@@ -103,7 +103,7 @@ def test_the_next_run_resumes_and_finishes(sweep: Sweep) -> None:
     assert code == 0, err
     assert "llama_onnxruntime_1_1: " in err
     assert "already measured" in err
-    assert "welder can't run on cpu here" in err
+    assert "vllm can't run on cpu here" in err
     assert sweep.record(0).read_bytes() == before
     assert all(sweep.record(number).exists() for number in range(len(SHAPES)))
     for name in ("png/memory_usage_cpu.png", "pdf/memory_usage_cpu.pdf", "png/memory_usage_cpu.md"):
@@ -111,7 +111,7 @@ def test_the_next_run_resumes_and_finishes(sweep: Sweep) -> None:
         assert (sweep.folder / name).stat().st_size > 1000
     page = (sweep.folder / "png/memory_usage_cpu.md").read_text()
     assert "| llama_onnxruntime_1_64 |" in page
-    assert "| welder | memladder" in page
+    assert "| vllm | " in page
 
 
 def test_damaged_records_are_set_aside_and_measured_again(sweep: Sweep) -> None:
