@@ -49,6 +49,19 @@ def test_a_word_becomes_its_eight_numbers(spec: str) -> None:
         assert halves == numbers(spec, codes)
 
 
+@pytest.mark.parametrize("spec", SPECS)
+def test_a_word_becomes_four_pairs(spec: str) -> None:
+    interleaved = formats.get(spec).is_interleaved
+    text = decode.pairs_ptx(spec, interleaved)
+    shared = {} if interleaved else table(spec, 0)
+    for number, codes in enumerate(rows_of_codes()):
+        operands = {"$4": packed(codes, interleaved)}
+        operands |= {"number_pairs": 1024, "%laneid": number % 32}
+        found = ptx.run(text, operands, shared)
+        bits = [int(found[f"${i // 2}"]) >> 16 * (i % 2) & 0xFFFF for i in range(8)]
+        assert [ptx.half(each) for each in bits] == numbers(spec, codes)
+
+
 def table(spec: str, lane: int) -> dict[int, int]:
     """Shared memory after a lane has filled its share, which is here all of it."""
     shared: dict[int, int] = {}

@@ -104,6 +104,9 @@ _FILL = tl.constexpr(
 
 _TAKE = "".join(f"mov.b32 {{${2 * j}, ${2 * j + 1}}}, p{j};\n" for j in range(4))
 
+# The pairs as they are, in 32 bits each.
+_PAIRS = "".join(f"mov.b32 ${j}, p{j};\n" for j in range(4))
+
 # The same pairs times those of an activation, $2 … $5: four products in float16 each lane, then
 # float32.
 _DOT = """
@@ -178,6 +181,12 @@ def dot_ptx(spec: str, interleaved: bool) -> str:
     looked up, `lookup` has to have made their table."""
     body = _body(spec, interleaved, "$1", lambda _: _LOOKUP)
     return f"{{\n{body}{_DOT}}}" if body else ""
+
+
+def pairs_ptx(spec: str, interleaved: bool) -> str:
+    """Word $4 to float16 pairs $0 … $3; or empty. `lookup` as for `dot_ptx`."""
+    body = _body(spec, interleaved, "$4", lambda _: _LOOKUP)
+    return f"{{\n{body}{_PAIRS}}}" if body else ""
 
 
 def _body(spec: str, interleaved: bool, word: str, table: Callable[[str], str]) -> str:

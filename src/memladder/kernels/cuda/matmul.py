@@ -182,7 +182,7 @@ def _matmul(x, x_scales, weight, w_scales, w_zeros, bias,
         x_at += BLOCK_K
     result = acc.to(tl.float32)
     if STRETCH != 1:
-        result /= STRETCH
+        result *= 1 / STRETCH
     if GATED:
         n = first_n + tl.arange(0, CHANNELS)
         result = tl.reshape(result, (BLOCK_N // 16, 2, 8, BLOCK_M))

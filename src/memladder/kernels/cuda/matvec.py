@@ -9,7 +9,7 @@ computes the activations has finished (`target.wait`).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,7 +21,15 @@ from memladder.formats.base import Format
 from memladder.formats.elements import ELEMENTS
 from memladder.formats.fp8 import Fp8
 from memladder.formats.mxfp8 import Mxfp8
-from memladder.kernels.cuda.decode import affine, decoded, dot_ptx, lookup, numbers, stretch
+from memladder.kernels.cuda.decode import (
+    affine,
+    decoded,
+    dot_ptx,
+    lookup,
+    numbers,
+    pairs_ptx,
+    stretch,
+)
 from memladder.kernels.cuda.epilogue import activated, finished, power
 from memladder.kernels.cuda.part import Operand, Part
 from memladder.kernels.cuda.target import INTERPRETED, overlap, wait
@@ -29,6 +37,13 @@ from memladder.kernels.cuda.tuning import choice
 from memladder.kernels.layout import Layout
 
 _DP4A = "dp4a.u32.s32 $0, $1, $2, $3;"
+# A warp's 16 rows, eight and eight, of which a lane has the pairs $4, $6 and $5, $7, times the same
+# activations in all of the tensor core's eight columns: so all four lanes of a row end up with its
+# sum, $0 and $1 or $2 and $3 (PTX ISA, section "Matrix fragments for mma.m16n8k16").
+_MMA = tl.constexpr(
+    "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {$0, $1, $2, $3}, {$4, $5, $6, $7},"
+    " {$8, $9}, {$10, $11, $12, $13};"
+)
 
 
 @triton.jit
@@ -72,6 +87,36 @@ def _dot(word, x, at, units, sums, BITS: tl.constexpr, PAIRS: tl.constexpr, LANE
                 half = ((some >> 16 * lane) & 0xFFFF).to(tl.int16)
                 sums += values * half.to(tl.float16, bitcast=True).to(tl.float32)
     return sums
+
+
+@triton.jit
+def _cores(word, x, at, units, sums, PTX: tl.constexpr, EVEN: tl.constexpr):
+    """As `_dot`, on tensor cores: two equal sums of even and two of odd blocks of eight rows."""
+    TILES: tl.constexpr = word.shape[2]
+    HALF: tl.constexpr = word.shape[3] // 2
+    pairs = tl.inline_asm_elementwise(
+        PTX, "=r,=r,=r,=r,r", [word], dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
+        is_pure=True, pack=1)  # fmt: skip
+    for half in tl.static_range(2):
+        low, high = tl.split(tl.reshape(pairs[2 * half], (4, 8, TILES, HALF, 2)))
+        next_low, next_high = tl.split(tl.reshape(pairs[2 * half + 1], (4, 8, TILES, HALF, 2)))
+        sums = tl.inline_asm_elementwise(
+            _MMA, "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f",
+            [low, high, next_low, next_high, _units(x, at + 8 * half, units, EVEN),
+             _units(x, at + 8 * half + 4, units, EVEN), sums[0], sums[1], sums[2], sums[3]],
+            dtype=(tl.float32, tl.float32, tl.float32, tl.float32), is_pure=True,
+            pack=1)  # fmt: skip
+    return sums
+
+
+@triton.jit
+def _where_lanes_are(chunk, row):
+    """Zeros where lanes lie as tensor cores take them, four to a row; NaN if the compiler has laid
+    them out otherwise."""
+    wanted = chunk + 4 * row
+    lane = tl.inline_asm_elementwise("mov.u32 $0, %laneid;", "=r,r", [wanted], dtype=tl.int32,
+                                     is_pure=True, pack=1)  # fmt: skip
+    return tl.where(lane == wanted, 0.0, float("nan"))
 
 
 @triton.jit
@@ -131,7 +176,8 @@ def _words(x, x_scales, residual, weight0, scales0, bias0, out0, N0, weight1, sc
            GROUP: tl.constexpr,
            INTEGER: tl.constexpr, ACTIVATION: tl.constexpr, BIAS: tl.constexpr,
            RESIDUAL: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
-           ROWS: tl.constexpr, TILES: tl.constexpr):  # fmt: skip
+           ROWS: tl.constexpr, TILES: tl.constexpr, STEPS: tl.constexpr,
+           CORES: tl.constexpr):  # fmt: skip
     pid, weight, w_scales, bias, out, N = _part(
         ROWS, PARTS, (weight0, scales0, bias0, out0, N0),
         (weight1, scales1, bias1, out1, N1), (weight2, scales2, bias2, out2, N2))  # fmt: skip
@@ -161,18 +207,24 @@ def _words(x, x_scales, residual, weight0, scales0, bias0, out0, N0, weight1, sc
     # How many groups a tile has, and how many of a chunk's four words one group.
     CODES: tl.constexpr = 16 * PAIRS * LANES
     GROUPS: tl.constexpr = CODES // GROUP if GROUP > 0 and GROUP < CODES else 1
-    lookup(NUMBERS, PTX, INTERLEAVED or INTEGER)
     words = tl.load(at, mask=(tile < tiles)[None, None, :, None, None], other=0,
                     eviction_policy="evict_first")  # fmt: skip
+    lookup(NUMBERS, PTX, INTERLEAVED or INTEGER)
     wait(PDL)
     acc = tl.zeros((4, 8, TILES, BLOCKS), tl.int32 if INTEGER else tl.float32)
     twos = tl.zeros((4, 8, TILES, BLOCKS), tl.int32)
     fours = tl.zeros((4, 8, TILES, BLOCKS), tl.int32)
     eights = tl.zeros((4, 8, TILES, BLOCKS), tl.int32)
     total = tl.zeros((4, 1, TILES, 1), tl.int32)
+    # Of tensor cores: sums of even and of odd blocks.
+    nought = tl.zeros((4, 8, TILES, BLOCKS // 2 if CORES else BLOCKS), tl.float32)
+    if CORES:
+        nought += _where_lanes_are(chunk[:, None, None, None],
+                                   tl.arange(0, 8)[None, :, None, None])  # fmt: skip
+    one, other = nought, nought
     # Two steps: what was read for one lies in other registers than what is read for the next.
-    for begin in range(0, tiles, 2 * TILES):
-        for step in tl.static_range(2):
+    for begin in range(0, tiles, STEPS * TILES):
+        for step in tl.static_range(STEPS):
             start = begin + step * TILES
             at += TILES * TILE_ROWS * 16
             following = tl.load(at, mask=(tile < tiles - start - TILES)[None, None, :, None, None],
@@ -182,6 +234,8 @@ def _words(x, x_scales, residual, weight0, scales0, bias0, out0, N0, weight1, sc
             word0, word2 = tl.split(even)
             word1, word3 = tl.split(odd)
             sums = tl.zeros((4, 8, TILES, BLOCKS), tl.float32)
+            zeros = tl.zeros_like(nought)
+            products = (zeros, zeros, zeros, zeros)
             for number in tl.static_range(4):
                 if number == 0:
                     word = word0
@@ -210,24 +264,38 @@ def _words(x, x_scales, residual, weight0, scales0, bias0, out0, N0, weight1, sc
                         eights = _dot4(bits & 0x08080808, some, eights, PTX)
                         total = _dot4(0x01010101, some, total, PTX)
                 else:
-                    sums = _dot(word, x, first + number * (4 * PAIRS), units, sums, BITS, PAIRS,
-                                LANES, INTERLEAVED, NUMBERS, STEP, OFFSET, PTX, EVEN)  # fmt: skip
+                    here = first + number * (4 * PAIRS)
+                    if CORES:
+                        products = _cores(word, x, here, units, products, PTX, EVEN)
+                    else:
+                        sums = _dot(word, x, here, units, sums, BITS, PAIRS, LANES, INTERLEAVED,
+                                    NUMBERS, STEP, OFFSET, PTX, EVEN)  # fmt: skip
                     if (number + 1) % (4 // GROUPS) == 0:
+                        scale = tl.full((4, 8, TILES, BLOCKS), 1.0, tl.float32)
                         if GROUP > 0:
                             group = (start + tile) * CODES + number // (4 // GROUPS) * GROUP
                             group = tl.minimum(group // GROUP, groups - 1)
                             scale = tl.load(scale_at + (group * N)[None, None, :, None])
-                            acc += sums * scale.to(tl.float32)
+                            scale = scale.to(tl.float32)
+                        if CORES:
+                            scale, also = tl.split(
+                                tl.reshape(scale, (4, 8, TILES, BLOCKS // 2, 2)))  # fmt: skip
+                            one += products[0] * scale
+                            other += products[2] * also
+                            products = (zeros, zeros, zeros, zeros)
                         else:
-                            acc += sums
-                        sums = tl.zeros((4, 8, TILES, BLOCKS), tl.float32)
+                            acc += sums * scale
+                            sums = tl.zeros_like(sums)
             words = following
     if INTEGER:
         # ±1 is twice the bit less one.
         acc = 2 * acc + twos + (fours >> 1) + (eights >> 2) - total
+    if CORES:
+        # All four lanes of a row have its sum.
+        acc = tl.reshape(tl.join(one, other), (4, 8, TILES, BLOCKS)) * 0.25
     result = tl.sum(tl.sum(acc, axis=0), axis=1).to(tl.float32)
     if STRETCH != 1:
-        result /= STRETCH
+        result *= 1 / STRETCH
     if GROUP == 0:
         result *= tl.load(scale_row).to(tl.float32)
     if INTEGER:
@@ -292,11 +360,15 @@ def _whole(x, x_scales, residual, weight0, scales0, bias0, out0, N0, weight1, sc
 @dataclass(frozen=True)
 class Cut:
     """Output channels of a program (of each of two weights, if gated), its warps, and, of whole
-    rows, how much of K a step has."""
+    rows, how much of K a step has; of packed ones, whether tensor cores multiply."""
 
     rows: int
     warps: int
     block: int = 0
+    cores: bool = False
+
+
+_SINGLE_CORES = (Cut(16, 8), Cut(32, 8), Cut(16, 4), Cut(32, 4), Cut(16, 16))
 
 
 def product(operand: Operand, part: Part, activation: str, residual: Tensor | None) -> bool:
@@ -377,6 +449,8 @@ def _packed(
     pair = options["GATED"]
     cut = choice("matvec", _shape(parts, pair), _packed_cuts(parts, pair))
     grid = sum(triton.cdiv(part.weight.rows, cut.rows) for part in parts)
+    step = cut.warps * layout.tile_columns
+    steps = 1 if columns % (2 * step) and columns % step == 0 else 2
     _words[(grid if options["PARTS"] > 1 else triton.cdiv(layout.rows, cut.rows),)](
         *(operand.x.view(torch.int32), *given),
         *_matrices(parts, operand.x, torch.int32),
@@ -391,12 +465,14 @@ def _packed(
         STRETCH=stretch(str(own)),
         STEP=even[0] if even else 0.0,
         OFFSET=even[1] if even else 0.0,
-        PTX=_ptx(own, layout, integer),
+        PTX=_ptx(own, layout, integer, cut.cores),
         GROUP=group,
         INTEGER=integer,
-        EVEN=columns % (2 * cut.warps * layout.tile_columns) == 0,
+        EVEN=columns % (steps * step) == 0,
         ROWS=cut.rows,
         TILES=cut.warps,
+        STEPS=steps,
+        CORES=cut.cores,
         num_warps=cut.warps,
     )
     return True
@@ -434,14 +510,26 @@ def _unpacked(
 
 
 def _packed_cuts(parts: Sequence[Part], pair: bool) -> Sequence[Cut]:
-    if parts[0].weight.format.bits == 1:
+    weight = parts[0].weight
+    own = weight.format
+    if own.bits == 1:
         # An activation's bytes are many beside a weight's bits: they are read for more rows.
-        return [Cut(16, 2), Cut(16, 4)] if pair else [Cut(32, 4), Cut(16, 4)]
+        if pair:
+            return [Cut(16, 2), Cut(16, 4), Cut(16, 8), Cut(8, 4), Cut(32, 4)]
+        return [Cut(32, 4), Cut(16, 4), Cut(32, 8), Cut(32, 16), Cut(16, 8), Cut(16, 16)]
     if pair:
-        return [Cut(8, 8), Cut(8, 4), Cut(16, 8)]
-    rows = sum(part.weight.rows for part in parts)
-    cuts = [Cut(16, 8), Cut(32, 8), Cut(16, 4), Cut(8, 8)]
-    return sorted(cuts, key=lambda cut: cut != Cut(16, 4)) if 8192 < rows < 16384 else cuts
+        cuts = [Cut(8, 8), Cut(8, 4), Cut(16, 8)]
+    else:
+        rows = sum(part.weight.rows for part in parts)
+        cuts = [Cut(16, 8), Cut(32, 8), Cut(16, 4), Cut(8, 8)]
+        if 8192 < rows < 16384:
+            cuts.sort(key=lambda cut: cut != Cut(16, 4))
+    if not pairs_ptx(str(own), weight.layout.interleaved):
+        return cuts
+    cores = [Cut(8, 8), Cut(8, 4), Cut(16, 8), Cut(16, 4)] if pair else _SINGLE_CORES
+    with_cores = [replace(cut, cores=True) for cut in cores]
+    # Where codes are looked up there is no time left to multiply.
+    return [*cuts, *with_cores] if weight.layout.interleaved else [*with_cores, *cuts]
 
 
 def _unpacked_cuts(parts: Sequence[Part], pair: bool) -> Sequence[Cut]:
@@ -453,7 +541,7 @@ def _unpacked_cuts(parts: Sequence[Part], pair: bool) -> Sequence[Cut]:
     return [Cut(2, 4, 2048), Cut(4, 4, 2048)]
 
 
-def _ptx(own: Format, layout: Layout, integer: bool) -> str:
+def _ptx(own: Format, layout: Layout, integer: bool, cores: bool) -> str:
     if integer:
         return "" if INTERPRETED else _DP4A
-    return dot_ptx(str(own), layout.interleaved)
+    return (pairs_ptx if cores else dot_ptx)(str(own), layout.interleaved)

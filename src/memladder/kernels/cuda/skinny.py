@@ -152,7 +152,7 @@ def _few(x, x_scales, residual, scratch, weight0, scales0, bias0, out0, N0,
             acc += bits if INTEGER else bits.to(tl.float32, bitcast=True)
     result = tl.trans(acc).to(tl.float32)
     if STRETCH != 1:
-        result /= STRETCH
+        result *= 1 / STRETCH
     if GROUP == 0:
         result *= tl.load(scale_at).to(tl.float32)[None, :]
     if INTEGER:
