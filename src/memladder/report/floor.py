@@ -12,6 +12,8 @@ from memladder.measure.record import PhaseUse, Record, Run
 from memladder.models import LayerConfig
 from memladder.units import MIB, mib
 
+# Whose rows have the engine's floor: by the beginning of their keys.
+_ENGINES = ("ladder", "welder")
 _COLUMNS = {
     "cpu": "case weights activations floor bound grown_by over_the_floor holds",
     "cuda": "case context weights activations floor bound steady over_context_and_floor "
@@ -58,7 +60,7 @@ def rows(records: Iterable[Record], device: str = "cpu") -> tuple[FloorRow, ...]
         for record in records
         if record.runs
         and record.case.device.partition(":")[0] == device
-        and "weight_format" in record.settings
+        and record.case.framework.partition("_")[0] in _ENGINES
     )
 
 

@@ -37,6 +37,9 @@ from memladder.kernels.cuda.tuning import choice
 from memladder.kernels.layout import Layout
 
 _DP4A = "dp4a.u32.s32 $0, $1, $2, $3;"
+# Tensor cores want four neighbouring lanes to have a row between them. Triton 3.6 lays `_words` out
+# so, 3.9 does not.
+_LANES_IN_ORDER = triton.__version__.startswith("3.6.")
 # A warp's 16 rows, eight and eight, of which a lane has the pairs $4, $6 and $5, $7, times the same
 # activations in all of the tensor core's eight columns: so all four lanes of a row end up with its
 # sum, $0 and $1 or $2 and $3 (PTX ISA, section "Matrix fragments for mma.m16n8k16").
@@ -368,9 +371,6 @@ class Cut:
     cores: bool = False
 
 
-_SINGLE_CORES = (Cut(16, 8), Cut(32, 8), Cut(16, 4), Cut(32, 4), Cut(16, 16))
-
-
 def product(operand: Operand, part: Part, activation: str, residual: Tensor | None) -> bool:
     """out = activation(x · Wᵀ + bias) + residual; False where there is no such kernel."""
     return _run(operand, [part], False, activation, residual)
@@ -510,26 +510,38 @@ def _unpacked(
 
 
 def _packed_cuts(parts: Sequence[Part], pair: bool) -> Sequence[Cut]:
+    """All that may be fastest somewhere; first what was on an H100, for the figure's layers."""
     weight = parts[0].weight
-    own = weight.format
-    if own.bits == 1:
+    bits, columns = weight.format.bits, weight.columns
+    rows = sum(part.weight.rows for part in parts)
+    long, many = columns > 16384, rows >= 16384
+    if bits == 1:
         # An activation's bytes are many beside a weight's bits: they are read for more rows.
         if pair:
-            return [Cut(16, 2), Cut(16, 4), Cut(16, 8), Cut(8, 4), Cut(32, 4)]
-        return [Cut(32, 4), Cut(16, 4), Cut(32, 8), Cut(32, 16), Cut(16, 8), Cut(16, 16)]
+            return [Cut(16, 1), Cut(16, 2), Cut(32, 1), Cut(16, 4)]
+        best = Cut(64, 8) if long else Cut(32, 2) if many else Cut(32, 4)
+        return _led_by(best, [Cut(32, 4), Cut(64, 8), Cut(32, 2), Cut(64, 2)])
+    looked_up = not weight.layout.interleaved
     if pair:
-        cuts = [Cut(8, 8), Cut(8, 4), Cut(16, 8)]
+        best, cuts = Cut(16, 4, cores=True), [Cut(8, 8), Cut(8, 4), Cut(16, 4)]
     else:
-        rows = sum(part.weight.rows for part in parts)
-        cuts = [Cut(16, 8), Cut(32, 8), Cut(16, 4), Cut(8, 8)]
-        if 8192 < rows < 16384:
-            cuts.sort(key=lambda cut: cut != Cut(16, 4))
-    if not pairs_ptx(str(own), weight.layout.interleaved):
-        return cuts
-    cores = [Cut(8, 8), Cut(8, 4), Cut(16, 8), Cut(16, 4)] if pair else _SINGLE_CORES
-    with_cores = [replace(cut, cores=True) for cut in cores]
-    # Where codes are looked up there is no time left to multiply.
-    return [*cuts, *with_cores] if weight.layout.interleaved else [*with_cores, *cuts]
+        cuts = [Cut(16, 8), Cut(16, 4), Cut(32, 4), Cut(32, 8), Cut(8, 8)]
+        # What is in flight has to be enough also where rows are few.
+        if looked_up:
+            few = Cut(32, 8, cores=True) if columns > 8192 else Cut(16, 4)
+            best = Cut(32, 4, cores=True) if rows > 10240 else few
+        else:
+            few = Cut(16, 4, cores=long) if rows > 8192 else Cut(16, 8)
+            best = Cut(32, 4, cores=True) if many else few
+    if not (_LANES_IN_ORDER and pairs_ptx(str(weight.format), weight.layout.interleaved)):
+        return _led_by(cuts[0] if best.cores else best, cuts)
+    # Tensor cores take rows by 16.
+    cores = [replace(cut, cores=True) for cut in cuts if pair or cut.rows > 8]
+    return _led_by(best, [*cuts, *cores])
+
+
+def _led_by(best: Cut, cuts: Sequence[Cut]) -> Sequence[Cut]:
+    return sorted(cuts, key=lambda cut: cut != best)
 
 
 def _unpacked_cuts(parts: Sequence[Part], pair: bool) -> Sequence[Cut]:

@@ -122,11 +122,12 @@ def _quantise(x, codes, scales, columns, TOP: tl.constexpr, MANTISSA: tl.constex
         values = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
         if HARDWARE:
             # The quotient rounded to nearest, by two corrections with fused products (Markstein
-            # 1990, IBM Journal of Research and Development 34, 1); an infinite scale needs none.
+            # 1990, IBM Journal of Research and Development 34, 1). An infinite scale needs none,
+            # and zeros keep their sign.
             near = values * inverse
             better = tl.fma(tl.fma(-near, scale, values), inverse, near)
             better = tl.fma(tl.fma(-better, scale, values), inverse, better)
-            values = tl.where(inverse == 0.0, near, better)
+            values = tl.where((inverse == 0.0) | (near == 0.0), near, better)
         else:
             values = tl.div_rn(values, tl.zeros_like(values) + scale)
         if not (HARDWARE and codes.dtype.element_ty.primitive_bitwidth == 8 and MANTISSA > 0):
