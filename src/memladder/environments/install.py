@@ -181,7 +181,9 @@ def _install(folder: Path, base: Path, wanted: Path, on_line: OnLine) -> None:
     if uv is not None:
         told = sources.for_uv(base)
         _run([uv, "venv", "--python", str(base), str(folder)], on_line)
-        _run([uv, "pip", "install", "--python", python, *told, "-r", str(wanted)], on_line)
+        # Compiled as pip does it: else the first process that is measured would.
+        told += ["--compile-bytecode", "-r", str(wanted)]
+        _run([uv, "pip", "install", "--python", python, *told], on_line)
     else:
         _run([str(base), "-m", "venv", str(folder)], on_line)
         quiet = ["--disable-pip-version-check", "--progress-bar", "off", "--no-input"]
