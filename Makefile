@@ -20,10 +20,11 @@ reproduce: $(VENV)/.base
 	$(BIN)/python run_all.py --reproduce
 
 test: setup $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal src tests/unit
+	$(BIN)/python -m pytest tests/cpu
 
 test-slow: setup $(VENV)/.dev
-	$(BIN)/python -m pytest -m slow tests
+	$(BIN)/python -m pytest -m slow tests/cpu
 
 test-gpu: setup $(VENV)/.dev
 	$(BIN)/python -m pytest tests/gpu

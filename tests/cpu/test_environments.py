@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from memladder import frameworks
-from memladder.case import Shape
+from memladder import frameworks, models
+from memladder.case import Case, Shape
 from memladder.environments import ask, install, interpreter
+from memladder.frameworks.base import Job
 from memladder.measure import runner
 from memladder.measure.calibration import calibrate
+from memladder.measure.record import Status
 from memladder.units import MIB
 
 
@@ -72,31 +74,51 @@ def test_an_environment_is_asked_for_what_it_has(
     assert f"Python {python}" == version.strip()
 
 
+# Both installers: pip takes more than a minute, uv seconds.
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("name", ["onnxruntime", "bitsandbytes"])
+@pytest.mark.parametrize(("name", "installer"), [("onnxruntime", "uv"), ("bitsandbytes", "pip")])
 def test_an_environment_is_made_from_the_registry(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, installer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MEMLADDER_CACHE", str(tmp_path / "cache"))
-    install.create(name, "cpu", None, lambda _: None)
+    with monkeypatch.context() as without:
+        if installer == "pip":
+            without.setattr(shutil, "which", lambda *_, **__: None)
+        python = install.create(name, "cpu", None, lambda _: None)
+    made_by_uv = "uv = " in (python.parents[1] / "pyvenv.cfg").read_text()
+    assert made_by_uv == (installer == "uv")
+
     made = interpreter.made(name)
     assert made is not None
     pins = install.requirements(name, "cpu").read_text().splitlines()
     for pin in (line for line in pins if "==" in line):
         package, _, version = pin.partition("==")
         assert made.packages[package].partition("+")[0] == version
-    for key in frameworks.names():
-        if interpreter.family(key) == name:
-            verification = runner.verify(
-                key,
-                frameworks.get(key),
-                "cpu",
-                cache_dir=tmp_path / "cache",
-                limits=runner.Limits(timeout_s=600.0),
-                log_path=tmp_path / "verify.log",
-                shapes=[Shape(2, 3)],
-            )
-            assert verification.agrees
-            assert verification.environment.interpreter == f"made from {made.requirements}"
+
+    keys = [key for key in frameworks.names() if interpreter.family(key) == name]
+    for key in keys:
+        framework = frameworks.get(key)
+        assert ask.availability(key, framework, "cpu").available
+        options = {
+            "limits": runner.Limits(timeout_s=600.0),
+            "log_path": tmp_path / "worker.log",
+        }
+        verification = runner.verify(
+            key, framework, "cpu", cache_dir=tmp_path / "cache", shapes=[Shape(2, 3)], **options
+        )
+        assert verification.agrees
+
+        case = Case("llama", key, Shape(2, 3), "cpu")
+        job = Job(case, models.narrow_config("llama"), tmp_path / "cache")
+        record = runner.measure(job, framework, repeats=1, **options)
+        assert record.status is Status.MEASURED, record.reason
+        assert record.steady_bytes is not None
+        assert record.steady_bytes > framework.weight_bytes(job)
+
+        label = f"made from {made.requirements}"
+        assert verification.environment.interpreter == label
+        assert record.environment.interpreter == label
+    assert keys
     install.remove(name)
+    assert not python.exists()

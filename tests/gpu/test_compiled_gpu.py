@@ -10,7 +10,7 @@ import torch
 from memladder.engine.compiler.compile import Options
 from memladder.kernels import cuda
 from tests import hf_layers
-from tests.cpu.test_compiled_architectures import EAGER, LAUNCHES, run
+from tests.unit.test_compiled_architectures import EAGER, LAUNCHES, run
 
 # transformers and the exporter warn about their own code.
 pytestmark = pytest.mark.filterwarnings("default")

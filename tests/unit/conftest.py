@@ -3,3 +3,6 @@
 import os
 
 os.environ["TRITON_INTERPRET"] = "1"
+# Tests that run side by side have a core each: decided before torch is imported.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import stat
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -25,6 +27,10 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache folder of the test's own."""
     monkeypatch.setenv("MEMLADDER_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("MEMLADDER_PYTHON_ONNXRUNTIME", raising=False)
+    # Whatever this machine's installers are configured for.
+    for name in [name for name in os.environ if name.startswith(("PIP_", "UV_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
     ask.ask.cache_clear()
     return tmp_path / "cache"
 
@@ -60,7 +66,8 @@ def test_the_variable_comes_first_and_then_what_was_told_last(
     digest = install.digest(install.requirements("onnxruntime", "cpu"))
     assert interpreter.chosen("onnxruntime") == interpreter.Interpreter(made, f"made from {digest}")
     asked = (tmp_path / "asked").read_text().split()
-    assert asked == ["pip", "install", "--python", str(made), "-r", asked[-1]]
+    assert asked[:4] == ["pip", "install", "--python", str(made)]
+    assert asked[4:] == ["--compile-bytecode", "-r", asked[-1]]
     assert "onnxruntime==" in Path(asked[-1]).read_text()
 
     install.use("onnxruntime", sys.executable)
@@ -68,6 +75,107 @@ def test_the_variable_comes_first_and_then_what_was_told_last(
     assert interpreter.chosen("onnxruntime") == given
     monkeypatch.setenv("MEMLADDER_PYTHON_ONNXRUNTIME", str(made))
     assert interpreter.chosen("onnxruntime") == interpreter.Interpreter(made, "given")
+
+
+def made_by_uv(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, base: Path | None = None
+) -> list[str]:
+    """What a `uv` on the PATH was asked beside the interpreter and the requirements."""
+    monkeypatch.setenv("PATH", str(script(tmp_path / "bin" / "uv", works(tmp_path)).parent), ":")
+    install.create("onnxruntime", "cpu", base, lambda _: None)
+    asked = (tmp_path / "asked").read_text().split()
+    assert asked[:3] == ["pip", "install", "--python"]
+    assert asked[-3:-1] == ["--compile-bytecode", "-r"]
+    return asked[4:-3]
+
+
+def test_uv_takes_packages_from_where_pip_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tmp_path / "pip.conf"
+    config.write_text(
+        "[global]\nindex-url = https://a.example/simple\nfind-links = /old\nno-index = false\n"
+        "[install]\nfind-links =\n  /one\n  /two\ntrusted-host = a.example\n"
+        "[download]\nno-index = true\n"
+    )
+    monkeypatch.setenv("PIP_CONFIG_FILE", str(config))
+    monkeypatch.setenv("PIP_INDEX_URL", "https://b.example/simple")
+    asked = made_by_uv(tmp_path, monkeypatch)
+
+    # pip reads this machine's own files too, which may name other things.
+    def told(option: str) -> list[str]:
+        return [value for name, value in pairwise(asked) if name == option]
+
+    assert told("--index-url") == ["https://b.example/simple"]
+    assert told("--find-links") == ["/one", "/two"]
+    assert told("--trusted-host") == ["a.example"]
+    assert "--no-index" not in asked
+
+
+def test_uv_looks_in_all_indexes_and_in_no_index_as_pip_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PIP_EXTRA_INDEX_URL", "https://a.example https://b.example")
+    monkeypatch.setenv("PIP_CONSTRAINT", "/pins.txt")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    assert made_by_uv(tmp_path, monkeypatch) == [
+        *("--extra-index-url", "https://a.example", "--extra-index-url", "https://b.example"),
+        *("--constraint", "/pins.txt", "--no-index", "--index-strategy", "unsafe-best-match"),
+    ]
+
+
+def test_uv_that_is_configured_itself_is_told_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PIP_INDEX_URL", "https://a.example/simple")
+    monkeypatch.setenv("UV_DEFAULT_INDEX", "https://b.example/simple")
+    assert made_by_uv(tmp_path, monkeypatch) == []
+
+
+def test_a_python_without_pip_tells_uv_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PIP_INDEX_URL", "https://a.example/simple")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "base"], check=True)
+    assert made_by_uv(tmp_path, monkeypatch, tmp_path / "base" / "bin" / "python") == []
+
+
+def test_a_configuration_that_pip_can_not_read_is_an_error(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "pip.conf").write_text("index-url = https://a.example/simple\n")
+    monkeypatch.setenv("PIP_CONFIG_FILE", str(tmp_path / "pip.conf"))
+    with pytest.raises(
+        UsageError, match=r"pip config list exits with status 2: .*no section headers"
+    ):
+        made_by_uv(tmp_path, monkeypatch)
+    assert not (cache / "environments" / "onnxruntime").exists()
+
+
+def test_uv_is_found_beside_the_interpreter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    beside = script(tmp_path / "own" / "uv", works(tmp_path))
+    (tmp_path / "own" / "python").symlink_to(sys.executable)
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setattr(sys, "executable", str(beside.with_name("python")))
+    install.create("onnxruntime", "cpu", None, lambda _: None)
+    assert (tmp_path / "asked").exists()
+
+
+def test_without_uv_it_is_venv_and_pip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A Python whose virtual environments have one whose pip says what it was asked.
+    inner = f'[ "$1" = -c ] && exec "{sys.executable}" "$@"; echo "$@" > "{tmp_path}/asked"'
+    outer = (
+        f'#!/bin/sh\n[ "$1 $2" = "-m venv" ] || exit 1\nmkdir -p "$3/bin"\n'
+        f'cat > "$3/bin/python" <<\'END\'\n#!/bin/sh\n{inner}\nEND\nchmod +x "$3/bin/python"\n'
+    )
+    monkeypatch.setattr(sys, "executable", str(script(tmp_path / "python", outer)))
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    install.create("onnxruntime", "cpu", None, lambda _: None)
+    asked = (tmp_path / "asked").read_text().split()
+    assert asked[:3] == ["-m", "pip", "install"]
+    assert "onnxruntime==" in Path(asked[-1]).read_text()
 
 
 def test_what_is_there_is_not_made_twice_and_can_be_removed(

@@ -18,7 +18,7 @@ from pathlib import Path
 import filelock
 
 from memladder import frameworks, serial
-from memladder.environments import interpreter
+from memladder.environments import interpreter, sources
 from memladder.environments.ask import Answer, ask
 from memladder.environments.interpreter import Given, Interpreter, Made
 from memladder.errors import LockedError, UsageError
@@ -175,11 +175,15 @@ def _locked(name: str) -> Iterator[None]:
 
 
 def _install(folder: Path, base: Path, wanted: Path, on_line: OnLine) -> None:
-    uv = shutil.which("uv")
+    # On the PATH, or beside our own Python, whose environment need not be activated.
+    uv = shutil.which("uv") or shutil.which("uv", path=Path(sys.executable).parent)
     python = str(folder / "bin" / "python")
     if uv is not None:
+        told = sources.for_uv(base)
         _run([uv, "venv", "--python", str(base), str(folder)], on_line)
-        _run([uv, "pip", "install", "--python", python, "-r", str(wanted)], on_line)
+        # Compiled as pip does it: else the first process that is measured would.
+        told += ["--compile-bytecode", "-r", str(wanted)]
+        _run([uv, "pip", "install", "--python", python, *told], on_line)
     else:
         _run([str(base), "-m", "venv", str(folder)], on_line)
         quiet = ["--disable-pip-version-check", "--progress-bar", "off", "--no-input"]
