@@ -179,6 +179,20 @@ def test_a_plan_may_come_from_another_machine_and_says_whose_it_is():
     assert "| weights 2048.0 | CUDA context 1024.0 | 3072.0 |" in page
 
 
+def test_hosts_of_a_gpu_may_differ_in_cores_and_are_told():
+    other = replace(MACHINE, cores=32, memory_bytes=256 * GIB)
+    records = [record(), record("vllm", environment=replace(ENVIRONMENT, machine=other))]
+    ensure_one_machine(records)
+    page = table.to_markdown_report(records, [])
+    assert "- Processor: Some CPU, 16 cores, 128.0 GiB and 32 cores, 256.0 GiB" in page
+    on_cpu = [
+        replace(one, case=replace(one.case, device="cpu"), environment=one.environment)
+        for one in records
+    ]
+    with pytest.raises(UsageError, match="cores 16 and 32"):
+        ensure_one_machine(on_cpu)
+
+
 def test_records_of_two_machines_are_refused():
     other = replace(MACHINE, device="NVIDIA A100-80GB-PCIe", driver="535.1")
     records = [record(), record("vllm", environment=replace(ENVIRONMENT, machine=other))]

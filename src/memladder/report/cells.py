@@ -65,16 +65,19 @@ def ensure_one_machine(records: Sequence[Record]) -> None:
     """Raises UsageError, naming what differs, unless all records are of the same machine.
 
     A plan is a word on its own target, wherever it was made: planned records may be of another.
+    What a process takes on a GPU does not depend on how many cores its host has.
     """
     records = [record for record in records if record.plan is None]
     for record in records[1:]:
         first, other = records[0].environment.machine, record.environment.machine
-        if first != other:
-            names = [
-                field.name
-                for field in fields(first)
-                if field.compare and getattr(first, field.name) != getattr(other, field.name)
-            ]
+        names = [
+            field.name
+            for field in fields(first)
+            if field.compare and getattr(first, field.name) != getattr(other, field.name)
+        ]
+        if "cpu" not in (records[0].case.device, record.case.device) and "cores" in names:
+            names.remove("cores")
+        if names:
             parts = (f"{n} {getattr(first, n)!r} and {getattr(other, n)!r}" for n in names)
             raise UsageError(
                 f"records of different machines, {records[0].case.id} and {record.case.id}: "

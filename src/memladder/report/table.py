@@ -173,6 +173,11 @@ def _environment(records: Sequence[Record]) -> str:
         return "No records."
     machine = representative(records).environment.machine
     environments = [record.environment for record in records]
+    machines = [record.environment.machine for record in records if record.plan is None]
+    # Memory may differ a little between starts of the same machine: one size stands for all.
+    machines = machines or [machine]
+    hosts = sorted({one.cores: one.memory_bytes for one in machines}.items())
+    sizes = " and ".join(f"{cores} cores, {format_bytes(memory)}" for cores, memory in hosts)
     packages: dict[str, set[str]] = {}
     for environment in environments:
         for name, version in environment.packages.items():
@@ -181,7 +186,7 @@ def _environment(records: Sequence[Record]) -> str:
         "Device": f"{machine.device}, {format_bytes(machine.device_memory_bytes)}",
         "Driver": machine.driver,
         "CUDA": machine.cuda,
-        "Processor": f"{machine.cpu}, {machine.cores} cores, {format_bytes(machine.memory_bytes)}",
+        "Processor": f"{machine.cpu}, {sizes}",
         "System": f"{machine.os}, {machine.kernel}",
         "Python": ", ".join(sorted({environment.python_label for environment in environments})),
         "memladder": ", ".join(sorted({environment.memladder for environment in environments})),
