@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from memladder.errors import UnavailableError, UsageError
+from memladder.actions import needed, progress_bar
+from memladder.errors import UsageError
 from memladder.files import write_atomic
 from memladder.units import format_bytes
 
@@ -33,9 +34,7 @@ def compile_model(
 
     `budget`: bytes of the arena; the rest as in `Options`.
     """
-    from memladder.actions import progress_bar
-
-    with _needed("compile"):
+    with needed("compile", "welder"):
         import onnx  # noqa: F401  (it is imported where a file is read)
 
         from memladder.engine.compiler import arena, bundle, schedule
@@ -47,11 +46,8 @@ def compile_model(
     found = compile_file(model, options)
     with _new_folder(out) as part:
         with progress_bar("packing") as progress:
-            bundle.pack(
-                found.fused, found.formats, found.format, part / bundle.WEIGHTS, progress=progress
-            )
-        text = bundle.program_json(found.fused, found.program, found.plan)
-        write_atomic(part / bundle.PROGRAM, text)
+            bundle.pack(found, part / bundle.WEIGHTS, progress)
+        write_atomic(part / bundle.PROGRAM, bundle.program_json(found))
         write_atomic(part / "schedule.md", schedule.markdown(found, model.name, options.engine))
         arena.draw(found.program, found.plan, part / "arena.svg")
     print(_summary(found, out))
@@ -64,7 +60,7 @@ def _summary(found: Result, out: Path) -> str:
 
 def run_folder(folder: Path, given: Path, out: Path) -> None:
     """Run a compiled layer on the CPU, from one .npy file to another."""
-    with _needed("run"):
+    with needed("run", "ladder"):
         import numpy as np
         import torch
 
@@ -108,17 +104,6 @@ def _states(path: Path) -> np.ndarray:
         kind = getattr(found, "dtype", "an archive")
         raise UsageError(f"{path}: {kind}; float16 or float32 wanted")
     return found
-
-
-@contextmanager
-def _needed(command: str) -> Iterator[None]:
-    """A library that is not here is one line that says how to get it."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        raise UnavailableError(
-            f"{command} needs {error.name}", "pip install 'memladder[welder]'"
-        ) from None
 
 
 @contextmanager

@@ -45,9 +45,8 @@ def run(
 ) -> tuple[Tensor, int]:
     """The compiled layer's output, and how many launches it takes."""
     found = compile_file(path, options)
-    bundle.pack(found.fused, found.formats, found.format, folder / bundle.WEIGHTS)
-    text = bundle.program_json(found.fused, found.program, found.plan)
-    (folder / bundle.PROGRAM).write_text(text)
+    bundle.pack(found, folder / bundle.WEIGHTS)
+    (folder / bundle.PROGRAM).write_text(bundle.program_json(found))
     loaded = bundle.load(folder / bundle.PROGRAM, folder / bundle.WEIGHTS)
     assert (loaded.program, loaded.plan) == (found.program, found.plan)
     size = arena_bytes(loaded.program, loaded.plan, kernels)
@@ -98,9 +97,9 @@ def test_quantised_weights_against_the_graph_on_what_they_decode_to(
     given = hf_layers.states(module, 2, 13, torch.float32)
     path = hf_layers.export(module, given, tmp_path / "layer.onnx")
     found, _ = run(path, given, tmp_path, Options(format=form))
-    packed = bundle.load_weights(tmp_path / bundle.WEIGHTS)
+    packed = packed_layer.load(tmp_path / bundle.WEIGHTS)
     compiled = compile_file(path, Options(format=form))
-    for name, weight in compiled.fused.matrices.items():
+    for name, weight in compiled.parameters.matrices.items():
         decoded = packed.matrices[name].dequantise().numpy()
         # The graph's own nodes hold these objects.
         object.__setattr__(weight, "array", Array(name, decoded))

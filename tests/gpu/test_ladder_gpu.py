@@ -20,9 +20,7 @@ from memladder.measure.record import Status
 from memladder.models.cache import default_dir
 from memladder.models.weights import hidden_states
 from memladder.report import floor
-from tests.unit.test_layers_cuda import ROWS, cache_dir, output
-
-__all__ = ["cache_dir"]
+from tests.unit.test_layers_cuda import ROWS, output
 
 KERNELS: tuple[ModuleType, ...] = (attention, dense, matmul, matvec, rows, skinny)
 

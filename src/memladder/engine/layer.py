@@ -10,16 +10,14 @@ from torch import Tensor
 
 from memladder import formats
 from memladder.case import Shape
-from memladder.engine import packed_layer, programs
+from memladder.engine import packed_layer
 from memladder.engine.execute import Execution, arena_bytes
-from memladder.engine.packed_layer import PackedLayer
+from memladder.engine.packed_layer import ACTIVATIONS, PackedLayer
 from memladder.engine.plan import plan
 from memladder.errors import UsageError
 from memladder.formats.base import Format
 from memladder.models.cache import default_dir
 
-# As in the figure: a weight format that comes with an activation format of its own.
-_ACTIVATIONS = {"fp8": "fp8", "mxfp8": "mxfp8", "int1": "int8"}
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -48,7 +46,7 @@ class Layer:
         layer's device, computes in float16, and returns a new tensor of the same dtype. Raises
         UsageError for anything else.
         """
-        hidden = self.packed.config.values["hidden_size"]
+        hidden = self.packed.form.fused.hidden_size
         given = f"{str(states.dtype).removeprefix('torch.')} {list(states.shape)}"
         if states.dim() != 3 or states.shape[2] != hidden or states.dtype not in _FLOATS:
             raise UsageError(
@@ -69,10 +67,7 @@ class Layer:
         if self._execution is None or self._shape != shape:
             # The old arena goes before the new one comes.
             self._execution = None
-            config = self.packed.config
-            program = programs.definition(config.model).program(
-                config.values, shape, self.activation
-            )
+            program = self.packed.form.program(shape, self.activation)
             planned = plan(program)
             size = arena_bytes(program, planned, self._kernels)
             arena = torch.empty(size, dtype=torch.uint8, device=self.device)
@@ -97,8 +92,8 @@ def load_layer(
     """
     where = _device(device)
     packed = packed_layer.load(Path(path))
-    name = str(packed.format).partition(":")[0]
-    spec = _ACTIVATIONS.get(name, "fp16") if activation is None else activation
+    name = str(packed.form.format).partition(":")[0]
+    spec = ACTIVATIONS.get(name, "fp16") if activation is None else activation
     kind = formats.get(spec)
     if not kind.is_activation:
         allowed = ", ".join(key for key in formats.names() if formats.get(key).is_activation)

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from memladder.engine.compiler.compile import Result
-from memladder.engine.compiler.lower import lower
 from memladder.engine.compiler.tiles import ITEM_BYTES, connection, cut
 from memladder.engine.graph.nodes import Attention, Graph, Input, Linear
 from memladder.engine.program import Program, Rows, Step
@@ -19,11 +18,11 @@ from memladder.units import mib
 def weight_sizes(found: Result) -> dict[str, int]:
     """Bytes of everything that a step may read by name."""
     sizes = {
-        name: matrix_bytes(found.formats[name], len(weight.rows), weight.columns)
-        for name, weight in found.fused.matrices.items()
+        name: matrix_bytes(found.form.format_of(name), *size)
+        for name, size in found.form.fused.matrices.items()
     }
-    sizes |= {name: 2 * len(vector) for name, vector in found.fused.vectors.items()}
-    return sizes | {name: 4 * len(vector) for name, vector in found.fused.constants.items()}
+    sizes |= {name: 2 * size for name, size in found.form.fused.vectors.items()}
+    return sizes | {name: 4 * size for name, size in found.form.fused.constants.items()}
 
 
 def step_bytes(program: Program, step: Step, sizes: Mapping[str, int]) -> int:
@@ -66,13 +65,13 @@ def markdown(found: Result, model: str, engine: str) -> str:
     shape, program = found.graph.shape, found.program
     sizes = weight_sizes(found)
     unfused = unfused_bytes(found.graph, sizes)
-    whole = fused_bytes(found, lower(found.fused, found.activation, chunk=shape.tokens))
+    whole = fused_bytes(found, found.form.program(shape, found.activation, chunk=shape.tokens))
     activation = "fp16" if found.activation is None else str(found.activation)
     lines = [
         f"# {model}, compiled by {engine}",
         "",
-        f"Batch {shape.batch_size} × {shape.seq_len} tokens; weights {found.format}, activations "
-        f"{activation}; chunks of {found.chunk} tokens at least. "
+        f"Batch {shape.batch_size} × {shape.seq_len} tokens; weights {found.form.format}, "
+        f"activations {activation}; chunks of {found.chunk} tokens at least. "
         "All numbers are predicted from shapes, none is measured.",
         "",
         "| | MiB |",
@@ -141,11 +140,11 @@ def _kernels(found: Result, sizes: Mapping[str, int]) -> Iterator[str]:
         step = steps[0]
         rows = next(iter(step.writes.values())).count
         tile, waves = "rows", ""
-        matrices = [name for name in step.weights.values() if name in found.fused.matrices]
+        matrices = [name for name in step.weights.values() if name in found.form.fused.matrices]
         if matrices:
-            weights = [found.fused.matrices[name] for name in matrices]
-            columns = sum(len(weight.rows) for weight in weights)
-            best = cut(rows, columns, weights[0].columns, sum(sizes[name] for name in matrices))
+            weights = [found.form.fused.matrices[name] for name in matrices]
+            columns = sum(weight[0] for weight in weights)
+            best = cut(rows, columns, weights[0][1], sum(sizes[name] for name in matrices))
             tile, waves = f"{best.rows} × {best.columns}", f"{best.waves:.1f}"
         called = step.kernel + "".join(
             f" {step.values[name]}" for name in ("activation", "function") if step.values.get(name)
