@@ -86,13 +86,20 @@ class Form:
         activation: Format | None = None,
         *,
         chunk: int = CHUNK,
+        budget: int = 0,
         in_place: bool = True,
     ) -> Program:
         """The layer's steps at a shape; see `lower`. Raises UsageError for one that is not its."""
         if self.shape not in (None, shape):
             raise UsageError(f"this layer was compiled for {self.shape}; {shape} was asked for")
         return lower(
-            self.fused, shape, activation, plain=self.plain, chunk=chunk, in_place=in_place
+            self.fused,
+            shape,
+            activation,
+            plain=self.plain,
+            chunk=chunk,
+            budget=budget,
+            in_place=in_place,
         )
 
 

@@ -16,8 +16,8 @@ from memladder.formats.fp8 import Fp8
 CHUNK = 512
 """Tokens at a time: beyond a few hundred, weights are reused enough for the arithmetic to count."""
 
-# Rows of a product's tile: chunks are multiples of it.
-_TILE = 128
+TILE = 128
+"""Rows of a product's tile: chunks are multiples of it."""
 
 STATES = "hidden_states"
 
@@ -177,14 +177,15 @@ def in_chunks(builder: Builder, write: Write) -> None:
         write(builder, at, size)
 
 
-def free_chunk(builder: Builder, write: Write) -> int:
-    """How many tokens at a time take no more memory than what was written so far does.
+def free_chunk(builder: Builder, write: Write, budget: int = 0) -> int:
+    """How many tokens at a time take no more memory than what was written so far does, or than the
+    budget in bytes, if that is more.
 
     Attention holds all keys and values, which MLP has no need of: weights are read less often.
-    Chunks are about equally long, and multiples of `_TILE`.
+    Chunks are about equally long, and multiples of `TILE`.
     """
     tokens, chunk = builder.shape.tokens, builder.chunk
-    if tokens <= chunk or chunk % _TILE:
+    if tokens <= chunk or chunk % TILE:
         return chunk
     one = replace(builder, shape=Shape(1, chunk), in_place=True, buffers={}, steps=[], quantised={})
     write(one, 0, chunk)
@@ -192,15 +193,15 @@ def free_chunk(builder: Builder, write: Write) -> int:
     row_bytes = plan(one.program()).lower_bound / chunk - _row_bytes(one, one.input)
     before = plan(builder.program())
     kept = sum(_row_bytes(builder, name) for name in {builder.input, builder.output})
-    most = (before.lower_bound - tokens * kept) / row_bytes
+    most = (max(before.lower_bound, budget) - tokens * kept) / row_bytes
     least = max(1, math.ceil(tokens / max(most, chunk)))
     for count in range(least, least + 3):
-        size = math.ceil(tokens / count / _TILE) * _TILE
+        size = math.ceil(tokens / count / TILE) * TILE
         trial = deepcopy(builder)
         trial.chunk = size
         in_chunks(trial, write)
         # The planner may have to leave gaps.
-        if size > chunk and plan(trial.program()).nbytes <= before.nbytes:
+        if size > chunk and plan(trial.program()).nbytes <= max(before.nbytes, budget):
             return size
     return chunk
 

@@ -3,6 +3,7 @@
 program.json         steps over named buffers, and the arena's offsets
 weights.safetensors  matrices in their formats, vectors, constants
 schedule.md          what is fused, tiles, traffic; arena.svg: where buffers lie, step by step
+kernels/             the Triton kernels that a GPU would run, to read
 """
 
 from __future__ import annotations

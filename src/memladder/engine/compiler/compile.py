@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 from memladder import formats
 from memladder.case import Shape
-from memladder.engine.compiler.builder import CHUNK
+from memladder.engine.compiler.builder import CHUNK, TILE
 from memladder.engine.compiler.fuse import fuse
 from memladder.engine.compiler.fused import Parameters
 from memladder.engine.graph import convert
@@ -102,21 +103,21 @@ def within(
     if budget is None:
         program = form.program(shape, activation, in_place=in_place)
         return program, plan(program), CHUNK
-    chunk = 1
-    while chunk < shape.tokens:
-        chunk *= 2
-    while True:
-        program = form.program(shape, activation, chunk=chunk, in_place=in_place)
+    for chunk in _chunks(shape.tokens):
+        program = form.program(shape, activation, chunk=chunk, budget=budget, in_place=in_place)
         planned = plan(program)
         if planned.nbytes <= budget:
             return program, planned, chunk
-        if chunk <= _LEAST_CHUNK:
-            raise UsageError(
-                f"a memory budget of {budget:,} bytes is too small: "
-                f"{planned.nbytes:,} are the least"
-            )
-        chunk //= 2
+    raise UsageError(
+        f"a memory budget of {budget:,} bytes is too small: {planned.nbytes:,} are the least"
+    )
 
 
-# Shorter chunks read all weights for a few tokens.
-_LEAST_CHUNK = 16
+def _chunks(tokens: int) -> list[int]:
+    """Lengths of chunks that are worth a try, the longest first: whole tiles that divide the tokens
+    evenly, and what is shorter than a tile. Those below 16 read all weights for a few tokens."""
+    whole = {math.ceil(tokens / count / TILE) * TILE for count in range(1, _MOST_CHUNKS + 1)}
+    return sorted(whole | {TILE >> i for i in range(4)}, reverse=True)
+
+
+_MOST_CHUNKS = 64

@@ -31,18 +31,20 @@ def lower(
     *,
     plain: Iterable[str] = (),
     chunk: int = CHUNK,
+    budget: int = 0,
     in_place: bool = True,
 ) -> Program:
     """The layer's program at a shape; `activation` is None for fp16. `plain`: matrices that stay in
-    fp16 where others do not.
+    fp16 where others do not. `chunk`: tokens at a time; what follows attention takes as many as
+    need no more memory than attention, or than `budget` in bytes.
 
     The output overwrites the input with `in_place`, unless a kernel would then write over what it
     reads.
     """
     try:
-        return _program(fused, shape, activation, frozenset(plain), chunk, in_place)
+        return _program(fused, shape, activation, frozenset(plain), chunk, budget, in_place)
     except _OverlapError:
-        return _program(fused, shape, activation, frozenset(plain), chunk, in_place=False)
+        return _program(fused, shape, activation, frozenset(plain), chunk, budget, in_place=False)
 
 
 def _program(
@@ -51,6 +53,7 @@ def _program(
     activation: Format | None,
     plain: frozenset[str],
     chunk: int,
+    budget: int,
     in_place: bool,
 ) -> Program:
     biases = frozenset(name for name in fused.matrices if f"{name}.bias" in fused.vectors)
@@ -68,7 +71,7 @@ def _program(
             chunk.emit(fused.output, Rows(builder.output, at, size))
 
         if fused.attention is not None:
-            builder.chunk = free_chunk(builder, write)
+            builder.chunk = free_chunk(builder, write, budget)
         in_chunks(builder, write)
     return builder.program()
 
