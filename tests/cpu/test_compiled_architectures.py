@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
 from types import ModuleType
 
@@ -32,8 +33,8 @@ LAUNCHES = {
     **{"nemotron": 8, "qwen3": 11, "olmo2": 13},
     # Windows of 8 tokens; a soft cap; norms before and after.
     **{"mistral": 7, "gemma2": 11, "gemma3": 15},
+    **{"codegen": 6, "xglm": 7, "glm": 7, "glm4": 11, "gpt_bigcode": 7, "hunyuan": 11},
 }
-EAGER = ("bloom", "bloom_6", "falcon", "falcon_alibi", "mpt", "gemma2")
 
 
 def run(
@@ -64,39 +65,31 @@ def run(
 
 @pytest.mark.parametrize("name", LAUNCHES)
 def test_the_compiled_layer_is_the_layer(name: str, tmp_path: Path) -> None:
-    module = hf_layers.layer(name, 2, 13, torch.float32, "eager" if name in EAGER else "sdpa")
-    given = hf_layers.states(module, 2, 13, torch.float32)
-    path = hf_layers.export(module, given, tmp_path / "layer.onnx")
-    found, launches = run(path, given, tmp_path, Options("welder"))
-    assert hf_layers.relative_error(found, module(given)) <= 2e-3
+    layer = hf_layers.exported(name)
+    found, launches = run(layer.path, layer.given, tmp_path, Options("welder"))
+    assert hf_layers.relative_error(found, layer.expected()) <= 2e-3
     assert launches == LAUNCHES[name]
 
 
 @pytest.mark.parametrize("name", ["gpt_neox", "qwen3", "mistral"])
 def test_chunks_of_a_long_sequence(name: str, tmp_path: Path) -> None:
-    module = hf_layers.layer(name, 1, 150, torch.float32, "sdpa")
-    given = hf_layers.states(module, 1, 150, torch.float32)
-    path = hf_layers.export(module, given, tmp_path / "layer.onnx")
-    whole = compile_file(path, Options()).plan.nbytes
-    found, _ = run(path, given, tmp_path, Options(budget=whole * 4 // 5))
-    assert hf_layers.relative_error(found, module(given)) <= 2e-3
+    layer = hf_layers.exported(name, 1, 150)
+    whole = compile_file(layer.path, Options()).plan.nbytes
+    found, _ = run(layer.path, layer.given, tmp_path, Options(budget=whole * 4 // 5))
+    assert hf_layers.relative_error(found, layer.expected()) <= 2e-3
 
 
 def test_a_window_that_is_longer_than_the_sequence_is_none(tmp_path: Path) -> None:
-    module = hf_layers.layer("mistral", 2, 8, torch.float32, "eager")
-    given = hf_layers.states(module, 2, 8, torch.float32)
-    path = hf_layers.export(module, given, tmp_path / "layer.onnx")
-    found, _ = run(path, given, tmp_path, Options())
-    assert hf_layers.relative_error(found, module(given)) <= 2e-3
+    layer = hf_layers.exported("mistral", 2, 8, "eager")
+    found, _ = run(layer.path, layer.given, tmp_path, Options())
+    assert hf_layers.relative_error(found, layer.expected()) <= 2e-3
 
 
 @pytest.mark.parametrize("form", ["int4", "nf4"])
 def test_quantised_weights_against_the_graph_on_what_they_decode_to(
     form: str, tmp_path: Path
 ) -> None:
-    module = hf_layers.layer("gpt_neox", 2, 13, torch.float32, "sdpa")
-    given = hf_layers.states(module, 2, 13, torch.float32)
-    path = hf_layers.export(module, given, tmp_path / "layer.onnx")
+    module, given, path = hf_layers.exported("gpt_neox")
     found, _ = run(path, given, tmp_path, Options(format=form))
     packed = packed_layer.load(tmp_path / bundle.WEIGHTS)
     compiled = compile_file(path, Options(format=form))
@@ -112,9 +105,8 @@ def test_quantised_weights_against_the_graph_on_what_they_decode_to(
 
 def test_matrices_that_are_kept_among_quantised_ones(tmp_path: Path) -> None:
     kept = {"self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"}
-    module = hf_layers.layer("llama", 2, 13, torch.float32, "sdpa")
-    given = hf_layers.states(module, 2, 13, torch.float32)
-    path = hf_layers.export(module, given, tmp_path / "layer.onnx")
+    module, given, path = hf_layers.exported("llama")
+    module = deepcopy(module)
     names = ("query", "output", "gate", "down")
     found, _ = run(path, given, tmp_path, Options(format="int8", activation="int8", kept=names))
     exact, int8 = module(given), formats.get("int8")
