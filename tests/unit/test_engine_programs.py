@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -19,9 +20,9 @@ from memladder.engine import packed_layer, packing
 from memladder.engine.compiler import layers
 from memladder.engine.execute import Execution
 from memladder.engine.plan import plan
-from memladder.errors import UnavailableError
+from memladder.errors import CacheError, UnavailableError
 from memladder.kernels import naive
-from memladder.models import LayerConfig, reference, weights
+from memladder.models import LayerConfig, cache, reference, weights
 from tests.layers import narrow
 
 # transformers warns about its own code.
@@ -180,6 +181,17 @@ def test_what_is_compiled_once_is_read_afterwards(
         programs = [form.program(shape) for form in (packed(known), packed(found))]
         assert programs[0] == programs[1]
     assert found.sources == known.sources
+
+
+def test_a_damaged_file_of_the_cache_is_named(tmp_path: Path, cache_dir: Path) -> None:
+    layers.ensure(narrow("llama"), cache_dir)
+    folder = cache.graph_dir(narrow("llama"), cache_dir)
+    shutil.copytree(folder, tmp_path / folder.name)
+    (path,) = (tmp_path / folder.name).glob("*.json")
+    for text in ("{", "[]", "{}", '{"layer": "{}", "sources": {}, "constants": {}}'):
+        path.write_text(text)
+        with pytest.raises(CacheError, match="is damaged; without it, it is made again"):
+            layers.ensure(narrow("llama"), tmp_path)
 
 
 def packed(compiled: layers.CompiledLayer) -> packed_layer.Form:

@@ -1,6 +1,7 @@
 """A fused layer as JSON: what is compiled from ONNX once, and made a program of any shape later.
 
-Nodes are a list, each after those that it reads, which it names by their numbers.
+Nodes are a list, each after those that it reads, which it names by their numbers. What the model's
+file called them is left out: another exporter's names would make another packed file.
 """
 
 from __future__ import annotations
@@ -52,7 +53,11 @@ def _written(node: Node, places: Mapping[int, int]) -> dict[str, Any]:
         return [plain(part) for part in value] if isinstance(value, tuple) else value
 
     kind = type(node).__name__.lower()
-    return {"node": kind} | {f.name: plain(getattr(node, f.name)) for f in fields(node)}
+    return {"node": kind} | {name: plain(getattr(node, name)) for name in _names(type(node))}
+
+
+def _names(kind: type[Node]) -> list[str]:
+    return [f.name for f in fields(kind) if f.name != "source"]
 
 
 def from_text(text: str) -> Fused:
@@ -97,7 +102,8 @@ def _read(raw: Mapping[str, Any]) -> Fused:
 def _node(raw: Mapping[str, Any], nodes: Sequence[Node]) -> Node:
     kind = _KINDS[raw["node"]]
     hints = get_type_hints(kind)
-    found = kind(**{f.name: _value(hints[f.name], raw[f.name], nodes) for f in fields(kind)})
+    values = {name: _value(hints[name], raw[name], nodes) for name in _names(kind)}
+    found = kind(source=raw["node"], **values)
     wrong = (
         (isinstance(found, Pointwise) and found.function not in naive.FUNCTIONS)
         or (isinstance(found, Product | Glu) and found.activation not in naive.ACTIVATIONS)

@@ -25,7 +25,7 @@ from memladder.case import Shape
 from memladder.engine.compiler import fused_json
 from memladder.engine.compiler.fused import Fused, Parameters
 from memladder.engine.sources import Source
-from memladder.errors import FormatError, MemladderError
+from memladder.errors import CacheError, FormatError, MemladderError
 from memladder.files import write_atomic
 from memladder.models import LayerConfig, cache, onnx_export
 from memladder.serial import from_json, to_json
@@ -55,13 +55,17 @@ def ensure(config: LayerConfig, cache_dir: Path) -> CompiledLayer:
     models.definition(config.model).require_fixed_positions(config.values)
     path = _path(config, cache_dir)
     if not path.exists():
-        folder = path.parent
-        with cache.writing(folder):
-            outline = folder / f"outline-{onnx_export.version()}.onnx"
-            with cache.replacing(outline) as part:
-                part.write_bytes(_outlined(config))
-            write_atomic(path, _compiled(outline, config))
-    return _read(json.loads(path.read_bytes()))
+        with cache.writing(path.parent):
+            # Another process may have been quicker.
+            if not path.exists():
+                outline = path.with_name(f"outline-{onnx_export.version()}.onnx")
+                with cache.replacing(outline) as part:
+                    part.write_bytes(_outlined(config))
+                write_atomic(path, _compiled(outline, config))
+    try:
+        return _read(json.loads(path.read_bytes()))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise CacheError(f"{path} is damaged; without it, it is made again") from None
 
 
 def ensure_apart(config: LayerConfig, cache_dir: Path) -> CompiledLayer:
