@@ -25,12 +25,12 @@ from torch import Tensor
 
 from memladder import formats, models
 from memladder.case import Shape
-from memladder.engine import packed_layer, programs
+from memladder.engine import packed_layer
+from memladder.engine.compiler import layers
 from memladder.engine.driver import Graph
 from memladder.engine.execute import Execution, arena_bytes
-from memladder.engine.packed_layer import PackedLayer
+from memladder.engine.packed_layer import Form, PackedLayer
 from memladder.engine.plan import plan
-from memladder.engine.program import Program
 from memladder.errors import UnavailableError
 from memladder.formats.base import Format
 from memladder.kernels import cuda, naive
@@ -74,22 +74,22 @@ class Timed:
 
 def packed(model: str, kind: Format) -> PackedLayer:
     """A layer of random weights, quantised and packed on the GPU."""
-    config = models.layer_config(model)
-    definition = programs.definition(model)
+    compiled = layers.ensure(models.layer_config(model), default_dir())
+    form = Form(compiled.fused, kind, {})
     random = torch.Generator(DEVICE).manual_seed(0)
 
     def normal(*shape: int, std: float) -> Tensor:
         return torch.randn(*shape, generator=random, device=DEVICE).mul_(std).half()
 
-    table = packed_layer.table(config, kind)
+    table = form.table
     found: dict[str, Tensor] = {}
-    for name, matrix in definition.matrices(config.values).items():
-        layout = Layout.of(kind, matrix.rows, matrix.columns)
-        step = max(1, BLOCK // (matrix.columns * layout.tile_rows)) * layout.tile_rows
+    for name, (size, columns) in compiled.fused.matrices.items():
+        layout = Layout.of(kind, size, columns)
+        step = max(1, BLOCK // (columns * layout.tile_rows)) * layout.tile_rows
         codes, scales = [], []
-        for start in range(0, matrix.rows, step):
-            rows = min(step, matrix.rows - start)
-            values = normal(rows, matrix.columns, std=matrix.columns**-0.5)
+        for start in range(0, size, step):
+            rows = min(step, size - start)
+            values = normal(rows, columns, std=columns**-0.5)
             quantised = kind.quantise(values)
             codes.append(layout.pack(quantised.codes))
             scales.append(quantised.scales)
@@ -97,11 +97,11 @@ def packed(model: str, kind: Format) -> PackedLayer:
         if f"{name}.scales" in table:
             groups = torch.cat([part for part in scales if part is not None])
             found[f"{name}.scales"] = groups.t().contiguous()
-    for name, vector in definition.vectors(config.values).items():
-        found[name] = normal(vector.size, std=0.1) + float(name.endswith("norm.weight"))
-    for name, constant in definition.constants(config.values).items():
+    for name, size in compiled.fused.vectors.items():
+        found[name] = normal(size, std=0.1) + float(name.endswith("norm.weight"))
+    for name, constant in compiled.constants.items():
         found[name] = constant.to(DEVICE)
-    return packed_layer.assembled(config, kind, found)
+    return packed_layer.assembled(form, found)
 
 
 def graphed(launch: Callable[[], object], repeats: int = 25) -> float:
@@ -157,25 +157,25 @@ def rates() -> Rates:
 
 def operations(model: str, shape: Shape) -> float:
     """Multiplications and additions of the products, and of attention over what is seen."""
-    config = models.layer_config(model)
-    definition = programs.definition(model)
-    matrices = definition.matrices(config.values)
-    weights = sum(matrix.rows * matrix.columns for matrix in matrices.values())
-    width = matrices["query"].rows
+    matrices = layers.ensure(models.layer_config(model), default_dir()).fused.matrices
+    weights = sum(rows * columns for rows, columns in matrices.values())
+    width, _ = matrices["query"]
     pairs = shape.batch_size * shape.seq_len * (shape.seq_len + 1) / 2
     return 2.0 * weights * shape.tokens + 4.0 * width * pairs
 
 
-def timed(layer: PackedLayer, activation: str, shape: Shape) -> Timed:
+def timed(model: str, layer: PackedLayer, activation: str, shape: Shape) -> Timed:
     """Gate and time one case. Raises AssertionError where the gate does not hold."""
-    config = layer.config
-    model = config.model
     kind: Format | None = None if activation == "fp16" else formats.get(activation)
-    program: Program = programs.definition(model).program(config.values, shape, kind)
+    program = layer.form.program(shape, kind)
     planned = plan(program)
     size = arena_bytes(program, planned, cuda)
     arena = torch.empty(size, dtype=torch.uint8, device=DEVICE)
-    states = torch.from_numpy(hidden_states(config, shape, 0)).view(shape.tokens, -1).to(DEVICE)
+    states = (
+        torch.from_numpy(hidden_states(models.layer_config(model), shape, 0))
+        .view(shape.tokens, -1)
+        .to(DEVICE)
+    )
 
     def output(kernels: object) -> Tensor:
         # NaN everywhere: what is not written shows.
@@ -220,13 +220,13 @@ def marlin(model: str, shape: Shape) -> float:
     """Seconds of vLLM's Marlin on the layer's matrices, q, k, v and gate, up as one each."""
     import peers
 
-    matrices = programs.definition(model).matrices(models.layer_config(model).values)
-    rows = {name: matrix.rows for name, matrix in matrices.items()}
+    matrices = layers.ensure(models.layer_config(model), default_dir()).fused.matrices
+    rows = {name: size for name, (size, _) in matrices.items()}
     sizes = [
-        (rows["query"] + rows["key"] + rows["value"], matrices["query"].columns),
-        (rows["output"], matrices["output"].columns),
-        (rows["up"] + rows.get("gate", 0), matrices["up"].columns),
-        (rows["down"], matrices["down"].columns),
+        (rows["query"] + rows["key"] + rows["value"], matrices["query"][1]),
+        (rows["output"], matrices["output"][1]),
+        (rows["up"] + rows.get("gate", 0), matrices["up"][1]),
+        (rows["down"], matrices["down"][1]),
     ]
     calls = [(peers.marlin(n, k, 128), k) for n, k in sizes]
     inputs = {k: torch.randn(shape.tokens, k, device=DEVICE, dtype=torch.float16) for _, k in calls}
@@ -269,7 +269,7 @@ def main(arguments: list[str]) -> int:
             layer = packed(model, formats.get(weight))
             for shape in SHAPES:
                 try:
-                    one = timed(layer, activation, shape)
+                    one = timed(model, layer, activation, shape)
                 except AssertionError as error:
                     holds = False
                     cells = (model, shape, weight, activation, f"gate: {error}", *[""] * 6)

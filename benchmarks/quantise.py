@@ -56,14 +56,16 @@ def _child(*arguments: str) -> dict[str, float]:
 
 def _pack(model: str, name: str, path: str) -> dict[str, float]:
     from memladder.engine import packing
+    from memladder.engine.compiler import layers
     from memladder.models import weights
 
     config, kind = models.layer_config(model), formats.get(name)
     data = weights.ensure(config, default_dir(), 0)
+    compiled = layers.ensure_apart(config, default_dir())
     rows = packing.reader(lambda tensor: (data, tensor))
     before = _peak()
     started = time.perf_counter()
-    packing.pack(config, kind, rows, Path(path))
+    packing.pack(compiled, kind, rows, Path(path))
     seconds = time.perf_counter() - started
     return {"s": seconds, "peak": _peak() - before, "bytes": Path(path).stat().st_size}
 

@@ -6,12 +6,16 @@ recorded from a forward pass, and becomes constants of the export.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import logging
+import shutil
+import tempfile
 import warnings
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -70,7 +74,20 @@ LAYERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "granite": ("granite", {**WIDTHS, "attention_multiplier": 0.1, "residual_multiplier": 0.3}),
     "nemotron": ("nemotron", WIDTHS),
     "helium": ("helium", WIDTHS),
+    "codegen": ("codegen", {**_GPT, "rotary_dim": 8, "n_positions": 64, "n_ctx": 64}),
+    "xglm": ("xglm", {"d_model": 64, "ffn_dim": 96, "attention_heads": 4}),
+    "glm": ("glm", WIDTHS),
+    "glm4": ("glm4", WIDTHS),
+    "gpt_bigcode": ("gpt_bigcode", _GPT),
+    "hunyuan": ("hunyuan_v1_dense", WIDTHS),
+    # An activation of two branches; two softmaxes, one taken from the other.
+    "apertus": ("apertus", WIDTHS),
+    "diffllama": ("diffllama", WIDTHS),
 }
+# Spelled by the layer itself, for lack of another way.
+EAGER_ONLY = frozenset(("bloom", "bloom_6", "gemma2", "mpt", "falcon", "falcon_alibi", "xglm"))
+# What the engine has no kernels for.
+UNSUPPORTED = frozenset(("apertus", "diffllama"))
 
 
 class Layer(nn.Module):
@@ -126,6 +143,34 @@ def _randomise(block: nn.Module, dtype: torch.dtype) -> None:
         values = torch.randn(parameter.shape, generator=generator)
         values *= parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 0.1
         parameter.data = (values + (parameter.dim() == 1)).to(dtype)
+
+
+class Exported(NamedTuple):
+    """A layer in float32, hidden states, and its ONNX file."""
+
+    module: Layer
+    given: Tensor
+    path: Path
+
+    def expected(self) -> Tensor:
+        """What the layer computes."""
+        found: Tensor = self.module(self.given)
+        return found
+
+
+def exported(name: str, batch_size: int = 2, seq_len: int = 13, attention: str = "") -> Exported:
+    """A layer of `LAYERS`, exported once for all tests; `attention` is by default `sdpa`."""
+    default = "eager" if name in EAGER_ONLY else "sdpa"
+    return _exported(name, batch_size, seq_len, attention or default)
+
+
+@cache
+def _exported(name: str, batch_size: int, seq_len: int, attention: str) -> Exported:
+    module = layer(name, batch_size, seq_len, torch.float32, attention)
+    given = states(module, batch_size, seq_len, torch.float32)
+    folder = Path(tempfile.mkdtemp(prefix="memladder-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Exported(module, given, export(module, given, folder / "layer.onnx"))
 
 
 def export(module: nn.Module, states: Tensor, path: Path, opset: int = 23) -> Path:

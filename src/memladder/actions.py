@@ -471,13 +471,11 @@ def quantize(folder: Path, number: int, text: str, out: Path) -> None:
     """Pack a checkpoint's layer in a format; print, and keep, what each matrix takes and loses."""
     # transformers has more to say about positions than the one line of an error.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    try:
+    with needed("quantize", "ladder"):
         from memladder import formats
-        from memladder.engine import checkpoint, packed_layer, packing
-    except ModuleNotFoundError as error:
-        raise UnavailableError(
-            f"quantize needs {error.name}", "pip install 'memladder[layers]'"
-        ) from None
+        from memladder.engine import checkpoint, packing
+        from memladder.engine.compiler import layers
+        from memladder.engine.packed_layer import Form
 
     kind = formats.get(text)
     if not kind.is_weight:
@@ -490,11 +488,15 @@ def quantize(folder: Path, number: int, text: str, out: Path) -> None:
     writable_folder(out)
     for name in (path, summary):
         _refuse_existing(name)
-    needed = packed_layer.weight_bytes(config, kind)
-    cache.require_space(out, needed, "folder", "choose an --out on a larger disk")
+    with needed("quantize", "ladder"):
+        compiled = layers.ensure_apart(config, cache.default_dir())
+    nbytes = Form(compiled.fused, kind, {}).nbytes
+    cache.require_space(out, nbytes, "folder", "choose an --out on a larger disk")
     try:
         with _new_file(path) as part, progress_bar(f"{config.model} layer {number}") as progress:
-            reports = packing.pack(config, kind, layer.rows(), part, judge=True, progress=progress)
+            reports = packing.pack(
+                compiled, kind, layer.rows(), part, judge=True, progress=progress
+            )
     except OSError as error:
         raise UsageError(f"cannot write {path}: {error.strerror or error}") from None
     signal, noise = sum(x.signal for x in reports), sum(x.noise for x in reports)
@@ -508,10 +510,10 @@ def quantize(folder: Path, number: int, text: str, out: Path) -> None:
         "parameters": parameters,
         "matrices": [_matrix(report) for report in reports],
         # Norms, biases and positions, which are kept as they are.
-        "vectors": {"bytes": needed - sum(report.nbytes for report in reports)},
+        "vectors": {"bytes": nbytes - sum(report.nbytes for report in reports)},
         "total": {
-            "bytes": needed,
-            "bits_per_weight": 8 * needed / parameters,
+            "bytes": nbytes,
+            "bits_per_weight": 8 * nbytes / parameters,
             "sqnr_db": _finite(packing.decibels(signal, noise)),
         },
     }
@@ -522,6 +524,17 @@ def quantize(folder: Path, number: int, text: str, out: Path) -> None:
         raise
     _console().print(_quantised_table(found))
     print(f"{path}\n{summary}")
+
+
+@contextmanager
+def needed(command: str, extra: str) -> Iterator[None]:
+    """A library that is not here is one line that says how to get it."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise UnavailableError(
+            f"{command} needs {error.name}", f"pip install 'memladder[{extra}]'"
+        ) from None
 
 
 def _matrix(report: MatrixReport) -> dict[str, Any]:

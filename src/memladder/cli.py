@@ -352,11 +352,14 @@ def run_layer(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="What `compile` has written.")],
     given: Annotated[Path, typer.Option("--input", metavar="X.NPY", help="Hidden states.")],
     out: Annotated[Path, typer.Option("--output", metavar="Y.NPY")],
+    device: Annotated[
+        str | None, typer.Option(metavar="cpu|cuda:N", help="Default: a GPU where there is one.")
+    ] = None,
 ) -> None:
-    """Run a compiled layer on the CPU."""
+    """Run a compiled layer on a GPU, or on the CPU."""
     from memladder import compiling
 
-    compiling.run_folder(folder, given, out)
+    compiling.run_folder(folder, given, out, device)
 
 
 @app.command()

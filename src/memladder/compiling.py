@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from memladder.errors import UnavailableError, UsageError
+from memladder.actions import needed, progress_bar
+from memladder.errors import UsageError
 from memladder.files import write_atomic
 from memladder.units import format_bytes
 
@@ -33,12 +34,10 @@ def compile_model(
 
     `budget`: bytes of the arena; the rest as in `Options`.
     """
-    from memladder.actions import progress_bar
-
-    with _needed("compile"):
+    with needed("compile", "welder"):
         import onnx  # noqa: F401  (it is imported where a file is read)
 
-        from memladder.engine.compiler import arena, bundle, schedule
+        from memladder.engine.compiler import arena, bundle, kernel_files, schedule
         from memladder.engine.compiler.compile import Options, compile_file
 
     options = Options(engine, form, activation, kept, budget)
@@ -47,14 +46,12 @@ def compile_model(
     found = compile_file(model, options)
     with _new_folder(out) as part:
         with progress_bar("packing") as progress:
-            bundle.pack(
-                found.fused, found.formats, found.format, part / bundle.WEIGHTS, progress=progress
-            )
-        text = bundle.program_json(found.fused, found.program, found.plan)
-        write_atomic(part / bundle.PROGRAM, text)
+            bundle.pack(found, part / bundle.WEIGHTS, progress)
+        write_atomic(part / bundle.PROGRAM, bundle.program_json(found))
+        kernels = kernel_files.write(part)
         write_atomic(part / "schedule.md", schedule.markdown(found, model.name, options.engine))
         arena.draw(found.program, found.plan, part / "arena.svg")
-    print(_summary(found, out))
+    print(f"{_summary(found, out)}; {kernels}")
 
 
 def _summary(found: Result, out: Path) -> str:
@@ -62,29 +59,20 @@ def _summary(found: Result, out: Path) -> str:
     return f"{out}: {steps} steps, arena {format_bytes(found.plan.nbytes)}, chunk {found.chunk}"
 
 
-def run_folder(folder: Path, given: Path, out: Path) -> None:
-    """Run a compiled layer on the CPU, from one .npy file to another."""
-    with _needed("run"):
+def run_folder(folder: Path, given: Path, out: Path, device: str | None) -> None:
+    """Run a compiled layer, from one .npy file to another; `device` as in `load_layer`."""
+    with needed("run", "ladder"):
         import numpy as np
         import torch
 
-        from memladder.engine.compiler import bundle
-    from memladder.engine.execute import Execution, arena_bytes
-    from memladder.kernels import naive
+        from memladder.engine.layer import load_compiled
 
-    compiled = bundle.load(folder / bundle.PROGRAM, folder / bundle.WEIGHTS)
+    layer, shape = load_compiled(folder, device)
     states = _states(given)
-    width = next(b.columns for b in compiled.program.buffers if b.name == compiled.program.input)
-    wanted = (compiled.shape.batch_size, compiled.shape.seq_len, width)
+    wanted = (shape.batch_size, shape.seq_len, layer.packed.form.fused.hidden_size)
     if states.shape != wanted:
         raise UsageError(f"{given}: shape {list(states.shape)}; {list(wanted)} wanted")
-    size = arena_bytes(compiled.program, compiled.plan, naive)
-    memory = torch.empty(size, dtype=torch.uint8)
-    execution = Execution(compiled.program, compiled.plan, compiled.weights, naive, memory)
-    execution.input.copy_(torch.from_numpy(states.astype(np.float16)).view(-1, width))
-    with torch.inference_mode():
-        execution.run()
-    found = execution.output.numpy().reshape(wanted).astype(states.dtype)
+    found = layer(torch.from_numpy(states).to(layer.device)).cpu().numpy()
     part = out.with_name(f".{out.name}.{os.getpid()}.npy")
     try:
         np.save(part, found)
@@ -108,17 +96,6 @@ def _states(path: Path) -> np.ndarray:
         kind = getattr(found, "dtype", "an archive")
         raise UsageError(f"{path}: {kind}; float16 or float32 wanted")
     return found
-
-
-@contextmanager
-def _needed(command: str) -> Iterator[None]:
-    """A library that is not here is one line that says how to get it."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        raise UnavailableError(
-            f"{command} needs {error.name}", "pip install 'memladder[welder]'"
-        ) from None
 
 
 @contextmanager

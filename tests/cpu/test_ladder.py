@@ -40,11 +40,6 @@ QUALITY = {
 pytestmark = pytest.mark.filterwarnings("default")
 
 
-@pytest.fixture(scope="module")
-def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
 def started(framework: str, model: str, shape: Shape, cache_dir: Path) -> tuple[Job, Session]:
     """A session of a narrow layer that has run once."""
     job = Job(Case(model, framework, shape, "cpu"), models.narrow_config(model), cache_dir)

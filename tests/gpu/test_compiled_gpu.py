@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 
+from memladder.case import Shape
 from memladder.engine.compiler.compile import Options
+from memladder.engine.layer import load_compiled
 from memladder.kernels import cuda
 from tests import hf_layers
-from tests.unit.test_compiled_architectures import EAGER, LAUNCHES, run
+from tests.unit.test_compiled_architectures import LAUNCHES, run
 
 # transformers and the exporter warn about their own code.
 pytestmark = pytest.mark.filterwarnings("default")
@@ -21,9 +22,14 @@ pytestmark = pytest.mark.filterwarnings("default")
 def test_the_compiled_layer_is_the_layer(
     name: str, batch_size: int, seq_len: int, tmp_path: Path
 ) -> None:
-    attention = "eager" if name in EAGER else "sdpa"
-    module = hf_layers.layer(name, batch_size, seq_len, torch.float32, attention)
-    given = hf_layers.states(module, batch_size, seq_len, torch.float32)
-    path = hf_layers.export(module, given, tmp_path / "layer.onnx")
-    found, _ = run(path, given, tmp_path, Options("welder"), cuda, "cuda")
-    assert hf_layers.relative_error(found, module(given)) <= 2e-3
+    layer = hf_layers.exported(name, batch_size, seq_len)
+    found, _ = run(layer.path, layer.given, tmp_path, Options("welder"), cuda, "cuda")
+    assert hf_layers.relative_error(found, layer.expected()) <= 2e-3
+
+
+def test_run_and_load_layer_are_on_the_gpu(tmp_path: Path) -> None:
+    layer = hf_layers.exported("llama", 1, 150)
+    found, _ = run(layer.path, layer.given, tmp_path, Options(), cuda, "cuda")
+    loaded, shape = load_compiled(tmp_path)
+    assert (loaded.device.type, shape) == ("cuda", Shape(1, 150))
+    assert hf_layers.relative_error(loaded(layer.given.cuda()).cpu(), found) <= 1e-3

@@ -2,31 +2,59 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
+import ast
+import re
+import signal
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
+import torch
 from onnx import TensorProto
 
+from memladder import cli, load_layer, models
+from memladder.case import Shape
+from memladder.errors import UsageError
+from memladder.models import onnx_export
 from tests.unit.onnx_models import save
 
 ROOT = Path(__file__).parents[2]
+# transformers and the exporter warn about their own code.
+pytestmark = pytest.mark.filterwarnings("default")
+
 MATRIX = np.random.default_rng(0).normal(size=(8, 8)).astype(np.float16)
 NODES = [("MatMul", ("x", "w"), "m"), ("Relu", "m", "r"), ("Add", ("r", "x"), "y")]
 
 
-def memladder(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "memladder", *map(str, arguments)],
-        cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+class Done(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+Command = Callable[..., Done]
+
+
+@pytest.fixture
+def memladder(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> Iterator[Command]:
+    """The command line within this process, in `tmp_path`."""
+    monkeypatch.chdir(tmp_path)
+    handlers = {name: signal.getsignal(name) for name in (signal.SIGTERM, signal.SIGHUP)}
+
+    def run(*arguments: str | Path) -> Done:
+        monkeypatch.setattr(sys, "argv", ["memladder", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        return Done(int(ended.value.code or 0), *capsys.readouterr())
+
+    yield run
+    for name, handler in handlers.items():
+        signal.signal(name, handler)
 
 
 @pytest.fixture
@@ -34,20 +62,45 @@ def model(tmp_path: Path) -> Path:
     return save(tmp_path / "layer.onnx", NODES, {"w": MATRIX}, dtype=TensorProto.FLOAT16)
 
 
-def test_a_layer_is_compiled_and_run(model: Path, tmp_path: Path) -> None:
-    done = memladder("compile", model, "--engine", "welder", "--out", "made", cwd=tmp_path)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == "made: 1 steps, arena 0.0 MiB, chunk 512\n"
+def test_a_layer_is_compiled_and_run(memladder: Command, model: Path, tmp_path: Path) -> None:
+    done = memladder("compile", model, "--engine", "welder", "--out", "made")
+    assert (done.code, done.err) == (0, "")
+    assert done.out == "made: 1 steps, arena 0.0 MiB, chunk 512; kernels for a GPU: 1\n"
     made = sorted(path.name for path in (tmp_path / "made").iterdir())
-    assert made == ["arena.svg", "program.json", "schedule.md", "weights.safetensors"]
+    assert made == ["arena.svg", "kernels", "program.json", "schedule.md", "weights.safetensors"]
     states = np.random.default_rng(1).normal(size=(2, 5, 8)).astype(np.float32)
     np.save(tmp_path / "x.npy", states)
-    done = memladder("run", "made", "--input", "x.npy", "--output", "y.npy", cwd=tmp_path)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    arguments = ("run", "made", "--device", "cpu", "--input", "x.npy", "--output")
+    assert memladder(*arguments, "y.npy") == Done(0, "", "")
     found = np.load(tmp_path / "y.npy")
     x, weight = states.astype(np.float16).astype(np.float64), MATRIX.astype(np.float64)
     np.testing.assert_allclose(found, np.maximum(x @ weight, 0) + x, rtol=1e-3, atol=1e-3)
     assert found.dtype == np.float32
+    # The same layer by `load_layer`, at the shape that it was compiled for and at no other.
+    layer = load_layer(tmp_path / "made/weights.safetensors", device="cpu")
+    assert torch.equal(layer(torch.from_numpy(states)), torch.from_numpy(found))
+    with pytest.raises(UsageError, match="compiled for 2x5; 2x4 was asked for"):
+        layer(torch.from_numpy(states[:, :4]))
+
+
+def test_the_kernels_of_a_gpu_are_written_down(
+    memladder: Command, tmp_path: Path, cache_dir: Path
+) -> None:
+    model = onnx_export.ensure(models.narrow_config("llama"), cache_dir, Shape(1, 1), 0)
+    assert memladder("compile", model, "--format", "int4", "--out", "made").code == 0
+    files = sorted((tmp_path / "made/kernels").iterdir())
+    names = [path.stem.partition("_")[2] for path in files]
+    assert names[:4] == ["rms_norm", "qkv", "attention", "matmul"]
+    for path in files:
+        text = path.read_text()
+        functions = [n.name for n in ast.parse(text).body if isinstance(n, ast.FunctionDef)]
+        # The kernel itself is the last one; what it calls comes before.
+        module, name = re.search(r"`memladder\.kernels\.cuda\.(\w+)\.(\w+)`", text).groups()
+        assert functions[-1] == name
+        assert (ROOT / f"src/memladder/kernels/cuda/{module}.py").exists()
+    qkv = files[1].read_text()
+    assert "qkv (key, value, query): steps 1 of program.json" in qkv
+    assert "    BITS = 4\n" in qkv
 
 
 @pytest.mark.parametrize(
@@ -64,22 +117,22 @@ def test_a_layer_is_compiled_and_run(model: Path, tmp_path: Path) -> None:
     ],
 )
 def test_compile_refuses_in_one_line(
-    arguments: list[str], said: str, model: Path, tmp_path: Path
+    memladder: Command, arguments: list[str], said: str, model: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "file").touch()
     (tmp_path / "text.onnx").write_text("no model")
     before = sorted(tmp_path.rglob("*"))
-    done = memladder("compile", *arguments, cwd=tmp_path)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("memladder: error: ")
-    assert said in done.stderr
-    assert done.stderr.count("\n") == 1
+    done = memladder("compile", *arguments)
+    assert (done.code, done.out) == (2, "")
+    assert done.err.startswith("memladder: error: ")
+    assert said in done.err
+    assert done.err.count("\n") == 1
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_run_refuses_in_one_line(model: Path, tmp_path: Path) -> None:
-    assert memladder("compile", model, "--out", "made", cwd=tmp_path).returncode == 0
+def test_run_refuses_in_one_line(memladder: Command, model: Path, tmp_path: Path) -> None:
+    assert memladder("compile", model, "--out", "made").code == 0
     np.save(tmp_path / "wide.npy", np.zeros((2, 5, 9), np.float16))
     np.save(tmp_path / "whole.npy", np.zeros((2, 5, 8), np.int64))
     np.save(tmp_path / "object.npy", np.array([{}], dtype=object), allow_pickle=True)
@@ -91,8 +144,13 @@ def test_run_refuses_in_one_line(model: Path, tmp_path: Path) -> None:
         ("made", "object.npy", "object.npy: not a .npy file of numbers"),
         ("made", "layer.onnx", "layer.onnx: not a .npy file of numbers"),
     ):
-        done = memladder("run", folder, "--input", given, "--output", "y.npy", cwd=tmp_path)
-        assert (done.returncode, done.stdout) == (2, "")
-        assert said in done.stderr
-        assert done.stderr.count("\n") == 1
+        done = memladder("run", folder, "--input", given, "--output", "y.npy", "--device", "cpu")
+        assert (done.code, done.out) == (2, "")
+        assert said in done.err
+        assert done.err.count("\n") == 1
         assert not (tmp_path / "y.npy").exists()
+    arguments = ("run", "made", "--input", "wide.npy", "--output", "y.npy", "--device")
+    for device, said in (("cuda:99", "cuda:99 can't be used; here are: cpu, "), ("tpu", "'tpu'")):
+        done = memladder(*arguments, device)
+        assert (done.code, done.out) == (2, "")
+        assert said in done.err

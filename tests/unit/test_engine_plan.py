@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,10 +14,13 @@ from hypothesis import strategies as st
 
 from memladder import formats, models
 from memladder.case import FIGURE_SHAPES, Shape
-from memladder.engine import programs
 from memladder.engine.plan import ALIGNMENT, Plan, plan
 from memladder.engine.program import Buffer, Program, Rows, Step
 from memladder.units import MIB
+from tests import layers
+
+# transformers and the exporter warn about their own code.
+pytestmark = pytest.mark.filterwarnings("default")
 
 ITEM = {"float16": 2, "float32": 4, "uint8": 1}
 ODD_SHAPES = (Shape(7, 333), Shape(1, 17), Shape(3, 1), Shape(2, 4095))
@@ -277,10 +281,10 @@ def test_lifetimes_are_from_the_first_to_the_last_use(program: Program) -> None:
     assert program.lifetimes() == lifetimes(program)
 
 
-def test_the_simulation_sees_every_overlap() -> None:
+def test_the_simulation_sees_every_overlap(cache_dir: Path) -> None:
     """What the tests above rest on: any buffer moved onto one that is still needed is noticed."""
-    values = models.narrow_config("llama").values
-    program = programs.definition("llama").program(values, Shape(1, 17), formats.get("fp8"))
+    form = layers.form(layers.narrow("llama"), cache_dir)
+    program = form.program(Shape(1, 17), formats.get("fp8"))
     found, lives, pairs = plan(program), lifetimes(program), shared(program)
     simulate(program, found)
     allowed = {pair for step in pairs.values() for pair in step}
@@ -462,12 +466,12 @@ def test_rows_may_be_written_in_any_order(order: list[int], missing: int) -> Non
 @pytest.mark.parametrize("activation", [None, "fp8", "mxfp8", "int8"])
 @pytest.mark.parametrize("model", ["llama", "bloom"])
 def test_a_figures_layer_needs_what_must_be_alive(
-    model: str, activation: str | None, shape: Shape
+    model: str, activation: str | None, shape: Shape, cache_dir: Path
 ) -> None:
-    values = models.layer_config(model).values
+    form = layers.form(models.layer_config(model), cache_dir)
     kind = formats.get(activation) if activation else None
     for in_place in (True, False):
-        program = programs.definition(model).program(values, shape, kind, in_place=in_place)
+        program = form.program(shape, kind, in_place=in_place)
         found = plan(program)
         assert found.lower_bound == naive_bound(program)
         assert found.lower_bound <= found.nbytes <= 1.02 * found.lower_bound
@@ -481,7 +485,9 @@ def test_a_figures_layer_needs_what_must_be_alive(
     ],
     ids=str,
 )
-def test_a_figures_layer_has_its_floor(model: str, shape: Shape, published: float) -> None:
+def test_a_figures_layer_has_its_floor(
+    model: str, shape: Shape, published: float, cache_dir: Path
+) -> None:
     hidden, keys, ffn = {"llama": (8192, 1024, 28672), "bloom": (14336, 14336, 57344)}[model]
     chunk = min(shape.tokens, 512)
     states = 2 * shape.tokens * hidden
@@ -490,7 +496,7 @@ def test_a_figures_layer_has_its_floor(model: str, shape: Shape, published: floa
     # With a chunk's norm, queries and attention's result apart, and with the latter two in one.
     loose, tight = (max(mlp, states + cache + n * 2 * chunk * hidden) for n in (3, 2))
     assert loose / MIB == pytest.approx(published, abs=0.05)
-    found = plan(programs.definition(model).program(models.layer_config(model).values, shape, None))
+    found = plan(layers.form(models.layer_config(model), cache_dir).program(shape))
     # No more than eight buffers live at once.
     assert tight <= found.nbytes <= tight + 8 * ALIGNMENT
     assert found.nbytes <= loose + 8 * ALIGNMENT
@@ -501,14 +507,12 @@ def test_a_figures_layer_has_its_floor(model: str, shape: Shape, published: floa
 @pytest.mark.parametrize("activation", [None, "mxfp8"])
 @pytest.mark.parametrize("model", ["llama", "bloom"])
 def test_a_layers_steps_leave_each_other_alone(
-    model: str, activation: str | None, chunk: int, in_place: bool
+    model: str, activation: str | None, chunk: int, in_place: bool, cache_dir: Path
 ) -> None:
-    values = models.narrow_config(model).values
+    form = layers.form(layers.narrow(model), cache_dir)
     kind = formats.get(activation) if activation else None
     for shape in (Shape(1, 1), Shape(3, 1), Shape(2, 17), Shape(1, 130)):
-        program = programs.definition(model).program(
-            values, shape, kind, chunk=chunk, in_place=in_place
-        )
+        program = form.program(shape, kind, chunk=chunk, in_place=in_place)
         assert (program.input == program.output) is in_place
         found = plan(program)
         simulate(program, found)

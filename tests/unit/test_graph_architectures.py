@@ -3,55 +3,64 @@
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import Path
+from typing import Any
 
 import pytest
-import torch
 
 from memladder.engine.graph import convert
 from memladder.engine.graph.evaluate import evaluate
 from memladder.engine.graph.nodes import Attention, Graph, Norm, Pointwise, Rotary
+from memladder.errors import GraphError
 from tests import hf_layers
 
 # transformers and the exporter warn about their own code.
 pytestmark = pytest.mark.filterwarnings("default")
 
-_EAGER_ONLY = {"bloom", "bloom_6", "gemma2", "mpt", "falcon", "falcon_alibi"}
 # Spelled by the layer, or by PyTorch's attention: both for the main ones.
 _BOTH = ("llama", "gpt_neox", "opt", "mistral", "qwen2", "gemma", "qwen3", "olmo2")
 CASES = [
-    *((name, "eager") for name in hf_layers.LAYERS if name in _EAGER_ONLY or name in _BOTH),
-    *((name, "sdpa") for name in hf_layers.LAYERS if name not in _EAGER_ONLY),
+    *((name, "") for name in hf_layers.LAYERS if name not in hf_layers.UNSUPPORTED),
+    *((name, "eager") for name in _BOTH),
 ]
 
 
-def imported(name: str, attention: str, folder: Path, batch_size: int, seq_len: int) -> float:
+def imported(name: str, *shape_and_attention: Any) -> float:
     """Relative error of the canonical graph, in float32."""
-    module = hf_layers.layer(name, batch_size, seq_len, torch.float32, attention)
-    given = hf_layers.states(module, batch_size, seq_len, torch.float32)
-    path = hf_layers.export(module, given, folder / "layer.onnx")
-    return hf_layers.relative_error(evaluate(convert.load(path), given), module(given))
+    layer = hf_layers.exported(name, *shape_and_attention)
+    found = evaluate(convert.load(layer.path), layer.given)
+    return hf_layers.relative_error(found, layer.expected())
 
 
-def graph(name: str, folder: Path, attention: str = "eager") -> Graph:
-    module = hf_layers.layer(name, 1, 20, torch.float32, attention)
-    given = hf_layers.states(module, 1, 20, torch.float32)
-    return convert.load(hf_layers.export(module, given, folder / "layer.onnx"))
+def graph(name: str) -> Graph:
+    return convert.load(hf_layers.exported(name).path)
 
 
 @pytest.mark.parametrize(("name", "attention"), CASES)
-def test_the_canonical_graph_is_the_layer(name: str, attention: str, tmp_path: Path) -> None:
-    assert imported(name, attention, tmp_path, 2, 13) <= 2e-6
+def test_the_canonical_graph_is_the_layer(name: str, attention: str) -> None:
+    assert imported(name, 2, 13, attention) <= 2e-6
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("apertus", "unsupported operator Greater 'node_gt'"),
+        ("diffllama", "unsupported operator Tile 'node_repeat'"),
+    ],
+)
+def test_what_is_not_supported_is_named(name: str, said: str) -> None:
+    with pytest.raises(GraphError, match=said) as caught:
+        graph(name)
+    assert len(str(caught.value).splitlines()) == 1
 
 
 @pytest.mark.parametrize("name", ["llama", "bloom", "falcon"])
 @pytest.mark.parametrize(("batch_size", "seq_len"), [(1, 1), (5, 1), (1, 2), (1, 200)])
-def test_shapes(name: str, batch_size: int, seq_len: int, tmp_path: Path) -> None:
-    assert imported(name, "eager", tmp_path, batch_size, seq_len) <= 2e-6
+def test_shapes(name: str, batch_size: int, seq_len: int) -> None:
+    assert imported(name, batch_size, seq_len, "eager") <= 2e-6
 
 
-def test_what_is_left_of_a_layer_is_one_node_for_each_thing_it_does(tmp_path: Path) -> None:
-    kinds = Counter(type(node).__name__ for node in graph("llama", tmp_path).nodes())
+def test_what_is_left_of_a_layer_is_one_node_for_each_thing_it_does() -> None:
+    kinds = Counter(type(node).__name__ for node in graph("llama").nodes())
     assert kinds == {
         **{"Input": 1, "Norm": 2, "Linear": 7, "Rotary": 2, "Attention": 1},
         # silu, its product with up, two residuals.
@@ -71,8 +80,8 @@ def test_what_is_left_of_a_layer_is_one_node_for_each_thing_it_does(tmp_path: Pa
         ("nemotron", "relu_squared"),
     ],
 )
-def test_activations_are_recognised(name: str, expected: str, tmp_path: Path) -> None:
-    found = [n.function for n in graph(name, tmp_path).nodes() if isinstance(n, Pointwise)]
+def test_activations_are_recognised(name: str, expected: str) -> None:
+    found = [n.function for n in graph(name).nodes() if isinstance(n, Pointwise)]
     assert [function for function in found if function not in ("add", "mul")] == [expected]
 
 
@@ -89,24 +98,24 @@ def test_activations_are_recognised(name: str, expected: str, tmp_path: Path) ->
     ],
 )
 def test_attention_is_recognised(
-    name: str, heads: tuple[int, int], window: int | None, softcap: float | None, tmp_path: Path
+    name: str, heads: tuple[int, int], window: int | None, softcap: float | None
 ) -> None:
-    (found,) = (n for n in graph(name, tmp_path).nodes() if isinstance(n, Attention))
+    (found,) = (n for n in graph(name).nodes() if isinstance(n, Attention))
     assert (found.heads, found.kv_heads) == heads
     assert (found.window, found.softcap) == (window, softcap)
     assert found.slopes is None
 
 
-def test_alibi_is_its_papers_slopes(tmp_path: Path) -> None:
-    (found,) = (n for n in graph("bloom_6", tmp_path).nodes() if isinstance(n, Attention))
+def test_alibi_is_its_papers_slopes() -> None:
+    (found,) = (n for n in graph("bloom_6").nodes() if isinstance(n, Attention))
     assert found.slopes is not None
     # Press et al. 2022, section 3: 4 heads, then every second of 8.
     assert found.slopes.tolist() == [2**-2, 2**-4, 2**-6, 2**-8, 2**-1, 2**-3]
 
 
 @pytest.mark.parametrize(("name", "rotated"), [("llama", 16), ("phi", 8), ("gptj", 8)])
-def test_rotary_positions_are_frequencies(name: str, rotated: int, tmp_path: Path) -> None:
-    found = [n for n in graph(name, tmp_path).nodes() if isinstance(n, Rotary)]
+def test_rotary_positions_are_frequencies(name: str, rotated: int) -> None:
+    found = [n for n in graph(name).nodes() if isinstance(n, Rotary)]
     assert len(found) == 2
     for node in found:
         assert node.head_dim == 16
@@ -116,9 +125,9 @@ def test_rotary_positions_are_frequencies(name: str, rotated: int, tmp_path: Pat
         )
 
 
-def test_norms_of_heads_and_their_offsets(tmp_path: Path) -> None:
-    norms = [n for n in graph("qwen3", tmp_path).nodes() if isinstance(n, Norm)]
+def test_norms_of_heads_and_their_offsets() -> None:
+    norms = [n for n in graph("qwen3").nodes() if isinstance(n, Norm)]
     assert sorted(n.group for n in norms) == [16, 16, 64, 64]
-    (cohere,) = (n for n in graph("cohere", tmp_path).nodes() if isinstance(n, Norm))
+    (cohere,) = (n for n in graph("cohere").nodes() if isinstance(n, Norm))
     assert cohere.kind == "layer"
     assert cohere.bias is None

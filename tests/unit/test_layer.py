@@ -10,7 +10,8 @@ import torch
 
 from memladder import formats, load_layer, models
 from memladder.case import Shape
-from memladder.engine import packed_layer, packing, programs, reference
+from memladder.engine import packed_layer, packing, reference
+from memladder.engine.compiler import layers
 from memladder.engine.execute import Execution
 from memladder.engine.plan import plan
 from memladder.errors import FormatError, UsageError
@@ -20,11 +21,6 @@ from memladder.models.weights import hidden_states
 
 # transformers warns about its own code.
 pytestmark = pytest.mark.filterwarnings("default")
-
-
-@pytest.fixture(scope="module")
-def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
 
 
 def config(model: str) -> LayerConfig:
@@ -50,7 +46,9 @@ def test_it_computes_the_layer_at_one_shape_after_another(
         found = layer(states)
         assert torch.equal(states, before)
         assert (found.shape, found.dtype) == (states.shape, torch.float16)
-        expected = reference.output(packed_layer.load(path), shape, 0, None)
+        made = packed_layer.load(path)
+        sources = layers.ensure(config(model), cache_dir).sources
+        expected = reference.output(config(model), made, sources, shape, 0, None)
         difference = np.linalg.norm(found.float().numpy() - expected)
         assert difference / np.linalg.norm(expected) <= 2e-3
         # The result is the caller's: the next call leaves it as it is.
@@ -73,10 +71,11 @@ def test_activations_are_in_the_weights_own_format_or_the_one_given(
     found = load_layer(path, activation=given)(states)
     # The same steps, bound by hand.
     kind = None if activation is None else formats.get(activation)
-    program = programs.definition("llama").program(config("llama").values, shape, kind)
+    made = packed_layer.load(path)
+    program = made.form.program(shape, kind)
     planned = plan(program)
     arena = torch.empty(planned.nbytes, dtype=torch.uint8)
-    execution = Execution(program, planned, packed_layer.load(path), naive, arena)
+    execution = Execution(program, planned, made, naive, arena)
     execution.input.copy_(states.view(9, -1))
     execution.run()
     assert torch.equal(found.view(9, -1), execution.output)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from memladder import formats, models
 from memladder.case import Shape
-from memladder.engine import packed_layer, packing, programs
+from memladder.engine import packed_layer, packing
 from memladder.engine.execute import Execution, arena_bytes
 from memladder.engine.plan import plan
 from memladder.kernels import cuda, naive
@@ -20,11 +20,6 @@ from memladder.models.weights import hidden_states
 
 # transformers warns about its own code.
 pytestmark = pytest.mark.filterwarnings("default")
-
-
-@pytest.fixture(scope="module")
-def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
 
 
 DEVICE = torch.device("cpu" if cuda.INTERPRETED else "cuda")
@@ -39,12 +34,12 @@ def output(
     chunk: int = 128,
 ) -> Tensor:
     kind = None if activation == "fp16" else formats.get(activation)
-    program = programs.definition(config.model).program(config.values, shape, kind, chunk=chunk)
+    layer = packed_layer.load(path)
+    program = layer.form.program(shape, kind, chunk=chunk)
     planned = plan(program)
     # NaN, so that nothing is read before it was written.
     size = arena_bytes(program, planned, kernels)
     arena = torch.full((size,), 255, dtype=torch.uint8, device=DEVICE)
-    layer = packed_layer.load(path)
     block = torch.empty(packed_layer.device_bytes(layer), dtype=torch.uint8, device=DEVICE)
     layer = packed_layer.on_device(layer, block)
     execution = Execution(program, planned, layer, kernels, arena)

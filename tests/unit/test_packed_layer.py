@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from memladder import formats, models
+from memladder.case import Shape
 from memladder.engine import packed_layer, packing
+from memladder.engine.compiler import layers
+from memladder.engine.compiler.layers import CompiledLayer
+from memladder.engine.packed_layer import Form
+from memladder.engine.plan import plan
 from memladder.errors import FormatError
 
 CONFIG = models.LayerConfig(
@@ -24,20 +30,30 @@ CONFIG = models.LayerConfig(
 )
 
 
-def pack(path: Path, spec: str = "int4:zero_point=true") -> dict[str, Tensor]:
+# transformers and the exporter warn about their own code.
+pytestmark = pytest.mark.filterwarnings("default")
+
+
+@pytest.fixture(scope="module")
+def compiled(cache_dir: Path) -> CompiledLayer:
+    return layers.ensure(CONFIG, cache_dir)
+
+
+def pack(path: Path, compiled: CompiledLayer) -> dict[str, Tensor]:
     """A packed file; returns the weights that are in it."""
     generator = torch.Generator().manual_seed(1)
     weights = {
         name: torch.randn(shape, generator=generator).half()
         for name, shape in models.tensor_shapes(CONFIG).items()
     }
-    packing.pack(CONFIG, formats.get(spec), lambda n, start, stop: weights[n][start:stop], path)
+    kind = formats.get("int4:zero_point=true")
+    packing.pack(compiled, kind, lambda n, start, stop: weights[n][start:stop], path)
     return weights
 
 
 @pytest.fixture
-def path(tmp_path: Path) -> Path:
-    pack(tmp_path / "layer.safetensors")
+def path(tmp_path: Path, compiled: CompiledLayer) -> Path:
+    pack(tmp_path / "layer.safetensors", compiled)
     return tmp_path / "layer.safetensors"
 
 
@@ -62,11 +78,15 @@ def refused(path: Path) -> str:
     return text
 
 
-def test_a_packed_layer_comes_back(path: Path) -> None:
-    weights = pack(path)
+def test_a_packed_layer_comes_back(path: Path, compiled: CompiledLayer) -> None:
+    weights = pack(path, compiled)
     layer = packed_layer.load(path)
-    assert layer.config == CONFIG
-    assert str(layer.format) == "int4:zero_point=true"
+    assert str(layer.form.format) == "int4:zero_point=true"
+    assert layer.form.others == {}
+    assert layer.form.shape is None
+    assert plan(layer.form.program(Shape(1, 9))) == plan(
+        Form(compiled.fused, layer.form.format, {}).program(Shape(1, 9))
+    )
     assert set(layer.matrices) == {"query", "key", "value", "output", "up", "down"}
     # [heads, query key value, rows of a head]: 6 heads of 32 rows.
     fused = weights["self_attention.query_key_value.bias"].view(6, 3, 32)
@@ -75,31 +95,32 @@ def test_a_packed_layer_comes_back(path: Path) -> None:
     down = weights["mlp.dense_4h_to_h.weight"].float()
     step = layer.matrices["down"].scales.t().float().repeat_interleave(128, dim=1)
     assert ((layer.matrices["down"].dequantise() - down).abs() <= step * 0.51).all()
-    assert layer.nbytes == packed_layer.weight_bytes(CONFIG, layer.format)
+    assert layer.nbytes == layer.form.nbytes
     assert path.stat().st_size == layer.nbytes + _data_start(path)
 
 
 def test_a_rewritten_file_is_still_good(path: Path) -> None:
+    before = packed_layer.load(path).form.program(Shape(2, 3))
     rewrite(path)
-    assert packed_layer.load(path).config == CONFIG
+    assert packed_layer.load(path).form.program(Shape(2, 3)) == before
 
 
 DAMAGED_METADATA = [
-    ({"memladder_packed": "0"}, "packed by recipe '0'; this version reads 2"),
+    ({"memladder_packed": "0"}, "packed by recipe '0'; this version reads 3"),
     ({"memladder_packed": "2\n" * 90}, "packed by recipe '2"),
     ({"format": "int3"}, "unknown format 'int3'"),
     ({"format": "int4:group_size=100"}, "group_size 100"),
     ({"format": "int4:depth=1"}, "no parameter 'depth'"),
     ({"format": "a\nb" * 90}, "unknown format"),
-    ({"model": "gpt2"}, "unknown model 'gpt2'"),
-    ({"model": "llama"}, "metadata is damaged: num_attention_heads is missing"),
-    ({"model": "cache"}, "unknown model 'cache'"),
-    ({"config": "{"}, "metadata is damaged"),
-    ({"config": "[" * 100_000}, "metadata is damaged"),
-    ({"config": "null"}, "metadata is damaged"),
-    ({"config": "[1]"}, "metadata is damaged"),
-    ({"config": '{"hidden_size": -1, "n_head": 1}'}, "hidden_size '-1'"),
-    ({"config": '{"hidden_size": 1e3, "n_head": 1}'}, "hidden_size '1000.0'"),
+    ({"formats": "{"}, "metadata is damaged"),
+    ({"formats": "[1]"}, "metadata is damaged"),
+    ({"formats": '{"gate": "fp16"}'}, "a format of a matrix that is not there"),
+    ({"formats": '{"up": "fp99"}'}, "unknown format 'fp99'"),
+    ({"shape": "1"}, "shape '1' is not of the form"),
+    ({"layer": "{"}, "metadata is damaged"),
+    ({"layer": "[" * 100_000}, "metadata is damaged"),
+    ({"layer": "null"}, "metadata is damaged"),
+    ({"layer": "{}"}, "metadata is damaged"),
     ({"author": "somebody"}, "not a layer packed by memladder"),
 ]
 
@@ -110,9 +131,36 @@ def test_damaged_metadata(path: Path, metadata: dict[str, str], said: str) -> No
     assert said in refused(path)
 
 
-def test_another_configuration_does_not_fit_the_tensors(path: Path) -> None:
-    rewrite(path, {"config": json.dumps({**CONFIG.values, "hidden_size": 384})})
-    assert "is torch." in refused(path)
+def damage(node: str, /, **values: Any) -> Callable[[dict[str, Any]], None]:
+    """Other values in the first node of a kind."""
+    return lambda raw: next(n for n in raw["nodes"] if n["node"] == node).update(values)
+
+
+DAMAGED_LAYERS: list[tuple[Callable[[dict[str, Any]], object], str]] = [
+    (damage("product", node="eval"), "no fused layer: 'eval'"),
+    (damage("product", activation="__loader__"), "no kernel for"),
+    (damage("namednorm", kind="max"), "no kernel for"),
+    (damage("product", x=99), "no fused layer"),
+    (lambda raw: raw["nodes"][-1].update(weight="gate"), "no fused layer"),
+    (damage("product", columns="7"), "'7' is not int"),
+    (damage("namednorm", name="other"), "it reads what it has not"),
+    (lambda raw: raw.update(output=3), "no fused layer"),
+    (lambda raw: raw.update(attention=0), "attention that is none"),
+    (lambda raw: raw.update(projected=[0, 1, 2]), "projections that are none"),
+    (lambda raw: raw["nodes"].append(raw["nodes"][0]), "too many values"),
+    (lambda raw: raw["vectors"].update(more=[1]), "is not int"),
+    (lambda raw: raw["matrices"].update(key=[192, 384]), "is torch."),
+    (lambda raw: raw["constants"].update({"alibi.slopes": 7}), "is torch."),
+]
+
+
+@pytest.mark.parametrize(("damaged", "said"), DAMAGED_LAYERS)
+def test_damaged_layers(path: Path, damaged: Callable[[dict[str, Any]], object], said: str) -> None:
+    with safe_open(path, framework="pt") as file:
+        raw = json.loads(file.metadata()["layer"])
+    damaged(raw)
+    rewrite(path, {"layer": json.dumps(raw)})
+    assert said in refused(path)
 
 
 def test_another_format_does_not_fit_the_tensors(path: Path) -> None:

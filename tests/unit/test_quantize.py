@@ -22,6 +22,7 @@ from torch import Tensor
 
 from memladder import actions, cli, formats, models
 from memladder.engine import checkpoint, packed_layer, packing
+from memladder.engine.compiler import layers
 from memladder.errors import MemladderError, UsageError
 from memladder.formats.int8 import Int8
 from memladder.models import cache
@@ -54,6 +55,18 @@ BLOOM_SOURCES = {
 QKV = "self_attention.query_key_value"
 
 Weights = dict[str, Tensor]
+
+# transformers and the exporter warn about their own code.
+pytestmark = pytest.mark.filterwarnings("default")
+
+
+@pytest.fixture(autouse=True)
+def compiled(cache_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both layers are there already: to compile one takes a process of its own, and seconds."""
+    monkeypatch.setenv("MEMLADDER_CACHE", str(cache_dir))
+    for raw in (LLAMA, BLOOM):
+        model = raw["model_type"]
+        layers.ensure(models.LayerConfig(model, models.definition(model).read(raw)), cache_dir)
 
 
 def weights(config: dict[str, Any], prefix: str, dtype: torch.dtype, seed: int = 0) -> Weights:
@@ -203,15 +216,16 @@ def test_a_layer_is_packed_and_judged(memladder: Command, tmp_path: Path, name: 
     bare = {"llama": (2 * 192) * 2 + 24 * 4, "bloom": (4 + 3 + 1 + 4 + 1) * 192 * 2 + 6 * 4}[model]
     assert found["vectors"]["bytes"] == bare
     assert packed.nbytes == bare + sum(row["bytes"] for row in found["matrices"])
-    assert found["file_bytes"] == path.stat().st_size == 4096 + packed.nbytes
+    assert found["file_bytes"] == path.stat().st_size
+    assert 0 < path.stat().st_size - packed.nbytes <= 8192
     assert done.out.endswith(f"out/{model}-layer1-int4.safetensors\nout/{model}-layer1-int4.json\n")
 
     again = tmp_path / "again.safetensors"
     loose = {n.removeprefix(prefix.format(1)): tensor for n, tensor in tensors.items()}
-    layer_config = models.layer_config(model, folder / "config.json")
-    packing.pack(
-        layer_config, formats.get("int4"), lambda n, start, stop: loose[n][start:stop], again
+    compiled = layers.ensure(
+        models.layer_config(model, folder / "config.json"), cache.default_dir()
     )
+    packing.pack(compiled, formats.get("int4"), lambda n, start, stop: loose[n][start:stop], again)
     assert again.read_bytes() == path.read_bytes()
 
 
@@ -233,7 +247,7 @@ def test_other_formats_and_parameters(memladder: Command, bloom: Path, text: str
     done = memladder(bloom, "--format", text, "--out", "out")
     assert (done.code, done.err) == (0, "")
     path = Path(f"out/bloom-layer0-{text.partition(':')[0]}.safetensors")
-    assert str(packed_layer.load(path).format) == text
+    assert str(packed_layer.load(path).form.format) == text
     assert json.loads(path.with_suffix(".json").read_text())["format"] == text
 
 
@@ -440,28 +454,22 @@ def test_bad_arguments_are_one_line(
     assert (bloom.parent / "file").read_text() == "no folder"
 
 
-BAD_POSITIONS = [
+BAD_POSITIONS: list[tuple[dict[str, Any], str]] = [
     ({"rope_type": "yarn", "factor": 2.0}, "no rotary positions of type 'yarn'"),
-    ({"rope_type": "llama3"}, "positions of this configuration can't be made: Missing required"),
-    ({"rope_type": "linear", "factor": "x"}, "positions of this configuration can't be made"),
-    (
-        {"rope_type": "linear", "factor": 0},
-        "rotary.frequencies of this configuration is not finite",
-    ),
+    ({"rope_type": "llama3"}, "transformers can't build this llama layer: .Missing required"),
+    ({"rope_type": "linear", "factor": "x"}, "transformers can't build this llama layer"),
+    ({"rope_type": "linear", "factor": 0}, "numbers by position that are not finite"),
 ]
 
 
 @pytest.mark.parametrize(("rope", "said"), BAD_POSITIONS)
-def test_bad_positions_are_refused_before_anything_is_written(
-    tmp_path: Path, rope: dict[str, Any], said: str
-) -> None:
+def test_bad_positions_are_refused(tmp_path: Path, rope: dict[str, Any], said: str) -> None:
     raw = {**LLAMA, "rope_scaling": rope}
     config = models.LayerConfig("llama", models.definition("llama").read(raw))
-    path = tmp_path / "x.safetensors"
     with pytest.raises(MemladderError, match=said) as caught:
-        packing.pack(config, formats.get("int4"), lambda *_: torch.empty(0), path)
+        layers.ensure(config, tmp_path)
     assert len(str(caught.value).splitlines()) == 1
-    assert not path.exists()
+    assert not list(tmp_path.rglob("*.json"))
 
 
 def test_bad_positions_are_one_line(tmp_path: Path) -> None:
@@ -472,7 +480,7 @@ def test_bad_positions_are_one_line(tmp_path: Path) -> None:
     process = start(code, "quantize", tmp_path / "c", "--out", tmp_path / "out")
     printed, said = process.communicate(timeout=120)
     assert (process.returncode, printed, said.count("\n")) == (2, "", 1)
-    assert "positions of this configuration can't be made" in said
+    assert "transformers can't build this llama layer" in said
     assert list((tmp_path / "out").iterdir()) == []
 
 

@@ -9,7 +9,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from memladder.engine.packed_layer import Weights
+from memladder.engine.packed_layer import PackedLayer
 from memladder.engine.plan import Plan
 from memladder.engine.program import Program, Rows, Step
 
@@ -31,7 +31,7 @@ class Execution:
         self,
         program: Program,
         plan: Plan,
-        layer: Weights,
+        layer: PackedLayer,
         kernels: ModuleType,
         arena: Tensor,
         only: Callable[[Step], bool] = lambda _: True,

@@ -11,9 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from memladder.case import Shape
-from memladder.engine import packed_layer, programs
 from memladder.formats.base import Format
-from memladder.models import LayerConfig, hidden_size
+from memladder.kernels.packed import matrix_bytes
+from memladder.models import LayerConfig, hidden_size, tensor_shapes, widths
 from memladder.units import MIB
 
 _CHUNK = 512
@@ -45,11 +45,18 @@ class Floor:
 
 def floor(config: LayerConfig, shape: Shape, kind: Format) -> Floor:
     """The floor of a layer at a shape with weights in a format."""
-    matrices = programs.definition(config.model).matrices(config.values)
-    hidden, inner = hidden_size(config), matrices["up"].rows
-    keys, queries = matrices["key"].rows, matrices["query"].rows
+    hidden, width = hidden_size(config), widths(config)
     chunk = min(_CHUNK, shape.tokens)
-    attention = 2 * keys * shape.tokens + chunk * (hidden + 2 * queries)
-    mlp = chunk * (hidden + inner)
+    attention = 2 * width.keys * shape.tokens + chunk * (hidden + 2 * width.queries)
+    mlp = chunk * (hidden + width.inner)
     activations = _ITEM * (hidden * shape.tokens + max(attention, mlp))
-    return Floor(packed_layer.weight_bytes(config, kind), activations)
+    return Floor(_weight_bytes(config, kind), activations)
+
+
+def _weight_bytes(config: LayerConfig, kind: Format) -> int:
+    """Bytes of the layer's matrices in a format, its other parameters in float16, and the float32
+    numbers of its positions: from the checkpoint's shapes alone."""
+    shapes = tensor_shapes(config).values()
+    matrices = sum(matrix_bytes(kind, *shape) for shape in shapes if len(shape) == 2)
+    vectors = sum(_ITEM * shape[0] for shape in shapes if len(shape) == 1)
+    return matrices + vectors + 4 * widths(config).positions

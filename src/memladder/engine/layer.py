@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -10,32 +11,31 @@ from torch import Tensor
 
 from memladder import formats
 from memladder.case import Shape
-from memladder.engine import packed_layer, programs
+from memladder.engine import packed_layer
+from memladder.engine.compiler import bundle
 from memladder.engine.execute import Execution, arena_bytes
-from memladder.engine.packed_layer import PackedLayer
+from memladder.engine.packed_layer import ACTIVATIONS, PackedLayer
 from memladder.engine.plan import plan
+from memladder.engine.program import Program
 from memladder.errors import UsageError
-from memladder.formats.base import Format
 from memladder.models.cache import default_dir
 
-# As in the figure: a weight format that comes with an activation format of its own.
-_ACTIVATIONS = {"fp8": "fp8", "mxfp8": "mxfp8", "int1": "int8"}
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
 class Layer:
     """One decoder layer: on the CPU its weights are mapped from the packed file, on a GPU copied.
 
-    Memory: the weights, and one arena, of the last shape that it was called with. `activation` is
-    None for float16.
+    Memory: the weights, and one arena, of the last shape that it was called with. `program` gives
+    the steps at a shape.
     """
 
     def __init__(
-        self, packed: PackedLayer, activation: Format | None, device: torch.device
+        self, packed: PackedLayer, program: Callable[[Shape], Program], device: torch.device
     ) -> None:
-        self.packed = packed
-        self.activation = activation
+        self.packed = _placed(packed, device)
         self.device = device
+        self._program = program
         kernels = "naive" if device.type == "cpu" else "cuda"
         self._kernels = importlib.import_module(f"memladder.kernels.{kernels}")
         self._shape: Shape | None = None
@@ -48,7 +48,7 @@ class Layer:
         layer's device, computes in float16, and returns a new tensor of the same dtype. Raises
         UsageError for anything else.
         """
-        hidden = self.packed.config.values["hidden_size"]
+        hidden = self.packed.form.fused.hidden_size
         given = f"{str(states.dtype).removeprefix('torch.')} {list(states.shape)}"
         if states.dim() != 3 or states.shape[2] != hidden or states.dtype not in _FLOATS:
             raise UsageError(
@@ -69,10 +69,7 @@ class Layer:
         if self._execution is None or self._shape != shape:
             # The old arena goes before the new one comes.
             self._execution = None
-            config = self.packed.config
-            program = programs.definition(config.model).program(
-                config.values, shape, self.activation
-            )
+            program = self._program(shape)
             planned = plan(program)
             size = arena_bytes(program, planned, self._kernels)
             arena = torch.empty(size, dtype=torch.uint8, device=self.device)
@@ -95,25 +92,45 @@ def load_layer(
     that don't exist; UsageError for a format that is none of activations, and for a device that
     is not here.
     """
-    where = _device(device)
+    where = torch_device(device)
     packed = packed_layer.load(Path(path))
-    name = str(packed.format).partition(":")[0]
-    spec = _ACTIVATIONS.get(name, "fp16") if activation is None else activation
+    name = str(packed.form.format).partition(":")[0]
+    spec = ACTIVATIONS.get(name, "fp16") if activation is None else activation
     kind = formats.get(spec)
     if not kind.is_activation:
         allowed = ", ".join(key for key in formats.names() if formats.get(key).is_activation)
         raise UsageError(f"{spec} is no activation format; allowed: {allowed}")
-    if where.type == "cuda":
-        from memladder import __version__
-        from memladder.kernels.cuda import tuning
-
-        tuning.load(tuning.path(default_dir(), __version__))
-        block = torch.empty(packed_layer.device_bytes(packed), dtype=torch.uint8, device=where)
-        packed = packed_layer.on_device(packed, block)
-    return Layer(packed, None if kind.bits == 16 else kind, where)
+    rounded = None if kind.bits == 16 else kind
+    return Layer(packed, lambda shape: packed.form.program(shape, rounded), where)
 
 
-def _device(wanted: str | torch.device | None) -> torch.device:
+def load_compiled(folder: Path, device: str | torch.device | None = None) -> tuple[Layer, Shape]:
+    """The layer in a folder of `memladder compile`, and the shape that it was compiled for.
+
+    `device` as in `load_layer`. Raises FormatError for a folder that is none.
+    """
+    where = torch_device(device)
+    compiled = bundle.load(folder / bundle.PROGRAM, folder / bundle.WEIGHTS)
+    return Layer(compiled.weights, lambda _: compiled.program, where), compiled.shape
+
+
+def _placed(packed: PackedLayer, device: torch.device) -> PackedLayer:
+    """On a GPU a copy in one block, and the cuts of kernels that were tuned there."""
+    if device.type == "cpu":
+        return packed
+    from memladder import __version__
+    from memladder.kernels.cuda import tuning
+
+    tuning.load(tuning.path(default_dir(), __version__))
+    block = torch.empty(packed_layer.device_bytes(packed), dtype=torch.uint8, device=device)
+    return packed_layer.on_device(packed, block)
+
+
+def torch_device(wanted: str | torch.device | None) -> torch.device:
+    """`cpu` or `cuda:N`; None is PyTorch's current GPU where it has one, else the CPU.
+
+    Raises UsageError for one that is not here.
+    """
     count = torch.cuda.device_count()
     try:
         found = torch.device(wanted or ("cuda" if count else "cpu"))

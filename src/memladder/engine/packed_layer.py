@@ -1,8 +1,9 @@
-"""A layer packed in a number format, as one safetensors file that says all about itself.
+"""A layer packed in number formats, as one safetensors file that says all about itself.
 
 For every matrix `<name>.codes`, `<name>.scales`, `<name>.zeros` as in `kernels.packed`, for every
-norm and bias an fp16 vector, for positions a float32 constant. The metadata holds the format with
-its parameters and the layer's configuration; what the file must contain follows from these two.
+norm and bias an fp16 vector, for positions a float32 constant. The metadata holds the fused layer,
+of which a program of any shape can be made, and the matrices' formats with their parameters; what
+the file must contain follows from these.
 """
 
 from __future__ import annotations
@@ -12,36 +13,101 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from memladder import formats, models
-from memladder.engine import programs
+from memladder import formats
+from memladder.case import Shape
+from memladder.engine.compiler import fused_json
+from memladder.engine.compiler.builder import CHUNK
+from memladder.engine.compiler.fused import Fused
+from memladder.engine.compiler.lower import lower
 from memladder.engine.plan import ALIGNMENT
-from memladder.errors import ConfigError, FormatError, UsageError
+from memladder.engine.program import Program
+from memladder.errors import FormatError, UsageError
 from memladder.formats.base import Format
 from memladder.kernels.layout import Layout
 from memladder.kernels.packed import PackedMatrix
-from memladder.models import LayerConfig
 
 # Part of the metadata: a file in another order is another file.
-RECIPE = "2"
-_KEYS = ("memladder_packed", "format", "model", "config")
+RECIPE = "3"
+_KEYS = ("memladder_packed", "format", "formats", "layer", "shape")
+
+# As in the figure: a weight format that comes with an activation format of its own.
+ACTIVATIONS = {"fp8": "fp8", "mxfp8": "mxfp8", "int1": "int8"}
 
 Table = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
 @dataclass(frozen=True)
-class Weights:
-    """What a program reads by name. `vectors` are norms, biases and the constants of positions.
+class Form:
+    """What a packed layer is, without its weights.
 
-    `format` is that of all matrices but those that were asked to be kept.
+    `format` is that of all matrices but those that `others` name. `shape`: the only one that the
+    layer may be run at, because it was compiled from a model of that shape; None for any.
     """
 
+    fused: Fused
     format: Format
+    others: Mapping[str, Format]
+    shape: Shape | None = None
+
+    def format_of(self, matrix: str) -> Format:
+        """The format of a matrix."""
+        return self.others.get(matrix, self.format)
+
+    @property
+    def plain(self) -> frozenset[str]:
+        """Matrices that stay in fp16 where others do not."""
+        return frozenset(name for name, kind in self.others.items() if kind.bits == 16)
+
+    @property
+    def table(self) -> Table:
+        """Names, dtypes and shapes of a packed file's tensors, in the order in which they lie
+        there."""
+        return tensor_table(
+            {name: (self.format_of(name), *sizes) for name, sizes in self.fused.matrices.items()},
+            self.fused.vectors,
+            self.fused.constants,
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        sizes = self.table.values()
+        return sum(dtype.itemsize * torch.Size(shape).numel() for dtype, shape in sizes)
+
+    def program(
+        self,
+        shape: Shape,
+        activation: Format | None = None,
+        *,
+        chunk: int = CHUNK,
+        budget: int = 0,
+        in_place: bool = True,
+    ) -> Program:
+        """The layer's steps at a shape; see `lower`. Raises UsageError for one that is not its."""
+        if self.shape not in (None, shape):
+            raise UsageError(f"this layer was compiled for {self.shape}; {shape} was asked for")
+        return lower(
+            self.fused,
+            shape,
+            activation,
+            plain=self.plain,
+            chunk=chunk,
+            budget=budget,
+            in_place=in_place,
+        )
+
+
+@dataclass(frozen=True)
+class PackedLayer:
+    """A layer ready to run. `vectors` are norms, biases and the constants of positions."""
+
+    form: Form
     matrices: dict[str, PackedMatrix]
     vectors: dict[str, Tensor]
 
@@ -52,36 +118,12 @@ class Weights:
         return own + sum(vector.nbytes for vector in self.vectors.values())
 
 
-@dataclass(frozen=True)
-class PackedLayer(Weights):
-    """A layer ready to run, and the configuration that says what it is."""
-
-    config: LayerConfig
-
-
-AnyWeights = TypeVar("AnyWeights", bound=Weights)
-
-
-def metadata(config: LayerConfig, kind: Format) -> dict[str, str]:
+def metadata(form: Form) -> dict[str, str]:
     """What a packed file says about itself."""
-    values = json.dumps(config.values, sort_keys=True)
-    return dict(zip(_KEYS, (RECIPE, str(kind), config.model, values), strict=True))
-
-
-def table(config: LayerConfig, kind: Format) -> Table:
-    """Names, dtypes and shapes of a packed file's tensors, in the order in which they lie there.
-
-    The largest items come first, so that every tensor lies at a multiple of its item's size.
-    """
-    definition = programs.definition(config.model)
-    return tensor_table(
-        {
-            name: (kind, matrix.rows, matrix.columns)
-            for name, matrix in definition.matrices(config.values).items()
-        },
-        {name: vector.size for name, vector in definition.vectors(config.values).items()},
-        definition.constant_sizes(config.values),
-    )
+    others = json.dumps({name: str(kind) for name, kind in form.others.items()})
+    shape = "any" if form.shape is None else str(form.shape)
+    values = (RECIPE, str(form.format), others, fused_json.to_text(form.fused), shape)
+    return dict(zip(_KEYS, values, strict=True))
 
 
 def tensor_table(
@@ -89,7 +131,10 @@ def tensor_table(
     vectors: Mapping[str, int],
     constants: Mapping[str, int],
 ) -> Table:
-    """The same for matrices [rows, columns] of any formats, fp16 vectors and float32 constants."""
+    """Tensors of matrices [rows, columns] of any formats, fp16 vectors and float32 constants.
+
+    The largest items come first, so that every tensor lies at a multiple of its item's size.
+    """
     found: Table = {}
     for name, (kind, rows, columns) in matrices.items():
         found[f"{name}.codes"] = (torch.uint8, Layout.of(kind, rows, columns).shape)
@@ -111,22 +156,14 @@ def _item(dtype: torch.dtype, name: str) -> int:
     return 16 if name.endswith(".codes") else dtype.itemsize
 
 
-def weight_bytes(config: LayerConfig, kind: Format) -> int:
-    """Bytes of a packed layer: all tensors of its table."""
-    return sum(
-        dtype.itemsize * torch.Size(shape).numel() for dtype, shape in table(config, kind).values()
-    )
-
-
 def load(path: Path) -> PackedLayer:
     """The packed layer in a file, memory-mapped: nothing is read before it is used.
 
     Raises FormatError for a file that is damaged, foreign, or of another version.
     """
     with opened(path) as file:
-        config, kind = _described(path, file.metadata() or {})
-        found = checked(path, file, table(config, kind))
-    return assembled(config, kind, found)
+        form = _described(path, file.metadata() or {})
+        return assembled(form, checked(path, file, form.table))
 
 
 def checked(path: Path, file: Any, wanted: Table) -> dict[str, Tensor]:
@@ -148,12 +185,12 @@ def checked(path: Path, file: Any, wanted: Table) -> dict[str, Tensor]:
     return found
 
 
-def device_bytes(layer: Weights) -> int:
+def device_bytes(layer: PackedLayer) -> int:
     """What `on_device` needs: all tensors, each aligned as a GPU's allocator would."""
     return sum(_aligned(tensor.nbytes) for tensor in _tensors(layer))
 
 
-def on_device(layer: AnyWeights, block: Tensor) -> AnyWeights:
+def on_device(layer: PackedLayer, block: Tensor) -> PackedLayer:
     """The layer copied into `block`, uint8, of `device_bytes` at least; no kernel runs for it.
 
     The file's pages are read as they are copied; nothing of the layer is in memory besides.
@@ -172,7 +209,7 @@ def on_device(layer: AnyWeights, block: Tensor) -> AnyWeights:
     return replace(layer, matrices=matrices, vectors=vectors)
 
 
-def _tensors(layer: Weights) -> Iterator[Tensor]:
+def _tensors(layer: PackedLayer) -> Iterator[Tensor]:
     for matrix in layer.matrices.values():
         parts = (matrix.codes, matrix.scales, matrix.zeros)
         yield from (part for part in parts if part is not None)
@@ -199,31 +236,33 @@ def opened(path: Path) -> Iterator[Any]:
         raise FormatError(f"{path}: not a readable safetensors file: {reason}") from None
 
 
-def _described(path: Path, found: dict[str, str]) -> tuple[LayerConfig, Format]:
-    if set(found) != set(_KEYS):
+def _described(path: Path, found: Mapping[str, str]) -> Form:
+    if "memladder_packed" not in found:
         raise FormatError(f"{path}: not a layer packed by memladder")
-    recipe, spec, model, values = (found[key] for key in _KEYS)
+    recipe = found["memladder_packed"]
     if recipe != RECIPE:
         raise FormatError(f"{path}: packed by recipe {recipe[:20]!r}; this version reads {RECIPE}")
+    if set(found) != set(_KEYS):
+        raise FormatError(f"{path}: not a layer packed by memladder")
     try:
-        config = LayerConfig(model, models.definition(model).read(json.loads(values)))
-        return config, formats.get(spec)
-    except (
-        *(ValueError, AttributeError, RecursionError),
-        *(UsageError, ConfigError, FormatError),
-    ) as error:
-        raise FormatError(f"{path}: its metadata is damaged: {error}") from None
+        fused = fused_json.from_text(found["layer"])
+        others = {name: formats.get(spec) for name, spec in json.loads(found["formats"]).items()}
+        if not fused.matrices.keys() >= others.keys():
+            raise ValueError("a format of a matrix that is not there")
+        shape = None if found["shape"] == "any" else Shape.parse(found["shape"])
+        return Form(fused, formats.get(found["format"]), others, shape)
+    except (ValueError, AttributeError, TypeError, RecursionError, UsageError, FormatError) as e:
+        raise FormatError(f"{path}: its metadata is damaged: {e}") from None
 
 
-def assembled(config: LayerConfig, kind: Format, found: dict[str, Tensor]) -> PackedLayer:
-    """The layer of the tensors that its `table` names."""
-    definition = programs.definition(config.model)
+def assembled(form: Form, found: Mapping[str, Tensor]) -> PackedLayer:
+    """The layer of the tensors that its form's table names."""
     matrices = {
-        name: packed_matrix(kind, matrix.rows, matrix.columns, name, found)
-        for name, matrix in definition.matrices(config.values).items()
+        name: packed_matrix(form.format_of(name), *sizes, name, found)
+        for name, sizes in form.fused.matrices.items()
     }
-    names = (*definition.vectors(config.values), *definition.constant_sizes(config.values))
-    return PackedLayer(kind, matrices, {name: found[name] for name in names}, config)
+    names = (*form.fused.vectors, *form.fused.constants)
+    return PackedLayer(form, matrices, {name: found[name] for name in names})
 
 
 def packed_matrix(

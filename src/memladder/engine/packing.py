@@ -18,9 +18,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from memladder.engine import packed_layer, programs
-from memladder.engine.sources import Matrix, Source, Vector
-from memladder.errors import FormatError, MemladderError
+from memladder.engine import packed_layer
+from memladder.engine.compiler import layers
+from memladder.engine.compiler.layers import CompiledLayer
+from memladder.engine.packed_layer import Form
+from memladder.engine.sources import Source
+from memladder.errors import FormatError
 from memladder.formats.base import Format, Quantised
 from memladder.kernels.layout import Layout
 from memladder.kernels.packed import matrix_bytes
@@ -71,25 +74,27 @@ def decibels(signal: float, noise: float) -> float:
 def ensure(config: LayerConfig, kind: Format, cache_dir: Path, seed: int) -> Path:
     """The packed file of the layer of `models.weights`, made if it is not there yet.
 
-    Raises CacheError where the folder can't be written.
+    Raises as `layers.ensure` does, and CacheError where the folder can't be written.
     """
+    compiled = layers.ensure(config, cache_dir)
+    form = Form(compiled.fused, kind, {})
     data = weights.ensure(config, cache_dir, seed)
-    path = data.with_name(file_name(config, kind))
-    if _is_whole(path, config, kind):
+    path = data.with_name(file_name(form))
+    if _is_whole(path, form):
         return path
     with cache.writing(data.parent):
-        if not _is_whole(path, config, kind):
-            cache.require_space(data.parent, packed_layer.weight_bytes(config, kind))
+        if not _is_whole(path, form):
+            cache.require_space(data.parent, form.nbytes)
             with cache.replacing(path) as part:
-                pack(config, kind, reader(lambda name: (data, name)), part)
+                pack(compiled, kind, reader(lambda name: (data, name)), part)
     return path
 
 
-def file_name(config: LayerConfig, kind: Format) -> str:
+def file_name(form: Form) -> str:
     """`packed-int4-….safetensors`; differs whenever what the file says of itself differs."""
-    text = json.dumps(packed_layer.metadata(config, kind), sort_keys=True)
+    text = json.dumps(packed_layer.metadata(form), sort_keys=True)
     key = hashlib.sha256(text.encode()).hexdigest()[:8]
-    return f"packed-{str(kind).partition(':')[0]}-{key}.safetensors"
+    return f"packed-{str(form.format).partition(':')[0]}-{key}.safetensors"
 
 
 def reader(find: Callable[[str], tuple[Path, str]]) -> Rows:
@@ -108,7 +113,7 @@ def reader(find: Callable[[str], tuple[Path, str]]) -> Rows:
 
 
 def pack(
-    config: LayerConfig,
+    compiled: CompiledLayer,
     kind: Format,
     rows: Rows,
     path: Path,
@@ -119,72 +124,41 @@ def pack(
     """Write the packed layer to `path`; with `judge` what each matrix has lost is measured too.
 
     `progress` is called with parameters done and in all. Raises FormatError, naming the tensor,
-    for values that are not finite or do not fit; `path` is then half-written. Raises
-    UnavailableError before anything is written for positions that the engine does not have.
+    for values that are not finite or do not fit; `path` is then half-written.
     """
-    definition = programs.definition(config.model)
-    matrices: dict[str, Matrix] = definition.matrices(config.values)
-    vectors: dict[str, Vector] = definition.vectors(config.values)
-    constants = _constants(config)
-    return write(
-        path,
-        packed_layer.metadata(config, kind),
-        {
-            name: Blocks(
-                kind,
-                matrix.rows,
-                matrix.columns,
-                matrix.source.tensor,
-                partial(_read, rows, matrix.source),
-            )
-            for name, matrix in matrices.items()
-        },
-        {
-            name: Blocks(
-                None, vector.size, 1, vector.source.tensor, partial(_read, rows, vector.source)
-            )
-            for name, vector in vectors.items()
-        },
-        constants,
-        judge=judge,
-        progress=progress,
-    )
+    blocks = {
+        name: Blocks(source.tensor, partial(_read, rows, source))
+        for name, source in compiled.sources.items()
+    }
+    form = Form(compiled.fused, kind, {})
+    return write(path, form, blocks, compiled.constants, judge=judge, progress=progress)
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """A matrix [rows, columns] to be stored in `format`, or a vector [rows] (None: in fp16).
+    """Where a matrix or a vector is read: `read` gives rows start … stop; `source` is what errors
+    call it."""
 
-    `read` gives rows start … stop; `source` is what errors call it.
-    """
-
-    format: Format | None
-    rows: int
-    columns: int
     source: str
     read: Callable[[int, int], Tensor]
 
 
 def write(
     path: Path,
-    metadata: Mapping[str, str],
-    matrices: Mapping[str, Blocks],
-    vectors: Mapping[str, Blocks],
+    form: Form,
+    blocks: Mapping[str, Blocks],
     constants: Mapping[str, Tensor],
     *,
     judge: bool = False,
     progress: Progress | None = None,
 ) -> tuple[MatrixReport, ...]:
-    """A file of matrices in their formats, fp16 vectors and float32 constants; see `pack`."""
-    total = sum(matrix.rows * matrix.columns for matrix in matrices.values())
+    """A file of that form; `blocks` are all of its matrices and vectors. See `pack`."""
+    sizes = form.fused.matrices
+    total = sum(rows * columns for rows, columns in sizes.values())
     done = 0
     reports = []
-    table = packed_layer.tensor_table(
-        {name: (_format(m), m.rows, m.columns) for name, m in matrices.items()},
-        {name: vector.rows for name, vector in vectors.items()},
-        {name: len(constant) for name, constant in constants.items()},
-    )
-    header, places, size = _header(metadata, table)
+    table = form.table
+    header, places, size = _header(form)
     with path.open("wb") as file:
         file.write(header)
         file.truncate(size)
@@ -193,9 +167,9 @@ def write(
             file.seek(places[name] + offset)
             file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
 
-        for name, matrix in matrices.items():
-            kind = _format(matrix)
-            layout = Layout.of(kind, matrix.rows, matrix.columns)
+        for name, (rows, columns) in sizes.items():
+            kind, matrix = form.format_of(name), blocks[name]
+            layout = Layout.of(kind, rows, columns)
             offset = 0
             # Made at once: kept among each block's temporaries, small ones would split the heap.
             beside = {
@@ -205,7 +179,7 @@ def write(
             }
             row = 0
             signal = noise = 0.0
-            for values in _blocks(matrix, layout):
+            for values in _blocks(matrix, rows, columns, layout):
                 quantised = _quantised(kind, values, matrix.source)
                 stored = layout.pack(quantised.codes)
                 put(f"{name}.codes", stored, offset)
@@ -222,10 +196,11 @@ def write(
                     progress(done, total)
             for part, groups in beside.items():
                 put(f"{name}.{part}", groups)
-            nbytes = matrix_bytes(kind, matrix.rows, matrix.columns)
-            reports.append(MatrixReport(name, matrix.rows, matrix.columns, nbytes, signal, noise))
-        for name, vector in vectors.items():
-            put(name, _quantised_vector(vector.read(0, vector.rows), vector.source))
+            nbytes = matrix_bytes(kind, rows, columns)
+            reports.append(MatrixReport(name, rows, columns, nbytes, signal, noise))
+        for name, size in form.fused.vectors.items():
+            vector = blocks[name]
+            put(name, _quantised_vector(vector.read(0, size), vector.source))
         for name, constant in constants.items():
             put(name, constant)
         file.flush()
@@ -233,20 +208,13 @@ def write(
     return tuple(reports)
 
 
-def _format(matrix: Blocks) -> Format:
-    assert matrix.format is not None
-    return matrix.format
-
-
-def _header(
-    metadata: Mapping[str, str], tensors: packed_layer.Table
-) -> tuple[bytes, dict[str, int], int]:
+def _header(form: Form) -> tuple[bytes, dict[str, int], int]:
     """The file's beginning, padded so that the data can be mapped; where each tensor begins; the
     whole file's size."""
-    table: dict[str, object] = {"__metadata__": dict(metadata)}
+    table: dict[str, object] = {"__metadata__": packed_layer.metadata(form)}
     starts = {}
     end = 0
-    for name, (dtype, shape) in tensors.items():
+    for name, (dtype, shape) in form.table.items():
         starts[name], end = end, end + dtype.itemsize * math.prod(shape)
         offsets = [starts[name], end]
         table[name] = {"dtype": _DTYPES[dtype], "shape": list(shape), "data_offsets": offsets}
@@ -256,10 +224,9 @@ def _header(
     return header, {name: len(header) + starts[name] for name in starts}, len(header) + end
 
 
-def _is_whole(path: Path, config: LayerConfig, kind: Format) -> bool:
+def _is_whole(path: Path, form: Form) -> bool:
     """Is a file of that size and of that header there?"""
-    metadata, table = packed_layer.metadata(config, kind), packed_layer.table(config, kind)
-    header, _, size = _header(metadata, table)
+    header, _, size = _header(form)
     try:
         with path.open("rb") as file:
             return os.fstat(file.fileno()).st_size == size and file.read(len(header)) == header
@@ -267,15 +234,14 @@ def _is_whole(path: Path, config: LayerConfig, kind: Format) -> bool:
         return False
 
 
-def _blocks(matrix: Blocks, layout: Layout) -> Iterator[Tensor]:
-    tiles = max(1, _BLOCK // (matrix.columns * layout.tile_rows))
+def _blocks(matrix: Blocks, rows: int, columns: int, layout: Layout) -> Iterator[Tensor]:
+    tiles = max(1, _BLOCK // (columns * layout.tile_rows))
     step = tiles * layout.tile_rows
-    for start in range(0, matrix.rows, step):
-        values = matrix.read(start, min(start + step, matrix.rows))
-        if values.shape[1:] != (matrix.columns,):
+    for start in range(0, rows, step):
+        values = matrix.read(start, min(start + step, rows))
+        if values.shape[1:] != (columns,):
             raise FormatError(
-                f"{matrix.source} has rows of shape {list(values.shape[1:])}, "
-                f"not [{matrix.columns}]"
+                f"{matrix.source} has rows of shape {list(values.shape[1:])}, not [{columns}]"
             )
         yield values
 
@@ -309,19 +275,3 @@ def _quantised_vector(values: Tensor, name: str) -> Tensor:
 def _energy(values: Tensor) -> float:
     """Sum of squares. A norm accumulates in float64 without a copy in float64."""
     return float(torch.linalg.vector_norm(values, dtype=torch.float64)) ** 2
-
-
-def _constants(config: LayerConfig) -> dict[str, Tensor]:
-    """Constants of the layer's positions. They come from the user's numbers by way of another
-    library, which has many ways to fail on senseless ones; all of them are one line here."""
-    try:
-        found: dict[str, Tensor] = programs.definition(config.model).constants(config.values)
-    except MemladderError:
-        raise
-    except Exception as error:
-        reason = " ".join(str(error.args[0] if error.args else error).split())[:200]
-        raise FormatError(f"positions of this configuration can't be made: {reason}") from None
-    for name, tensor in found.items():
-        if not tensor.isfinite().all():
-            raise FormatError(f"{name} of this configuration is not finite")
-    return found

@@ -10,7 +10,7 @@ about 1e-2 (fp8), however exact their sums are.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -18,30 +18,40 @@ import torch
 from torch import Tensor, nn
 
 from memladder.case import Shape
-from memladder.engine import programs
 from memladder.engine.packed_layer import PackedLayer
 from memladder.engine.sources import Source
 from memladder.formats.base import Format
+from memladder.models import LayerConfig, tensor_shapes
 from memladder.models import layer as layers
-from memladder.models import tensor_shapes
 from memladder.models.weights import hidden_states
 
 _ATTENTION = "memladder_stored_positions"
+_STORED = ("query", "key", "value")
 
 
-def output(packed: PackedLayer, shape: Shape, seed: int, activation: Format | None) -> np.ndarray:
+def output(
+    config: LayerConfig,
+    packed: PackedLayer,
+    sources: Mapping[str, Source],
+    shape: Shape,
+    seed: int,
+    activation: Format | None,
+) -> np.ndarray:
     """float32 [batch_size, seq_len, hidden_size] for the hidden states of the seed.
 
+    `sources`: of which tensors of the configuration's module the packed layer was made.
     `activation` is None where activations stay float16: nothing is rounded then.
     """
-    module = layers.build(packed.config, shape, torch.float32)
-    for name, tensor in _tensors(packed).items():
+    module = layers.build(config, shape, torch.float32)
+    for name, tensor in _tensors(config, packed, sources).items():
         layers.put(module, name, tensor)
     if activation is not None:
-        _round(module.block, activation, programs.definition(packed.config.model).STORED)
+        # The program keeps these; the others' output is changed before it is written.
+        stored = {sources[name].tensor.removesuffix(".weight") for name in _STORED}
+        _round(module.block, activation, stored)
     if "alibi.slopes" in packed.vectors:
         _make_alibi_relative(module, packed.vectors["alibi.slopes"])
-    states = torch.from_numpy(hidden_states(packed.config, shape, seed)).float()
+    states = torch.from_numpy(hidden_states(config, shape, seed)).float()
     with torch.inference_mode():
         found: np.ndarray = module(states).numpy()
     return found
@@ -59,15 +69,16 @@ def _make_alibi_relative(module: nn.Module, slopes: Tensor) -> None:
     module.register_buffer("mask", mask + slopes.view(-1, 1, 1) * distance, persistent=False)
 
 
-def _tensors(packed: PackedLayer) -> dict[str, Tensor]:
+def _tensors(
+    config: LayerConfig, packed: PackedLayer, sources: Mapping[str, Source]
+) -> dict[str, Tensor]:
     """The checkpoint's tensors, put together again from what was packed."""
-    definition = programs.definition(packed.config.model)
-    values = packed.config.values
-    found = {name: torch.empty(shape) for name, shape in tensor_shapes(packed.config).items()}
-    for name, matrix in definition.matrices(values).items():
-        _scatter(found[matrix.source.tensor], matrix.source, packed.matrices[name].dequantise())
-    for name, vector in definition.vectors(values).items():
-        _scatter(found[vector.source.tensor], vector.source, packed.vectors[name].float())
+    # NaN, so that what was not packed shows.
+    found = {name: torch.full(shape, torch.nan) for name, shape in tensor_shapes(config).items()}
+    for name, source in sources.items():
+        matrix = packed.matrices.get(name)
+        rows = packed.vectors[name].float() if matrix is None else matrix.dequantise()
+        _scatter(found[source.tensor], source, rows)
     return found
 
 
@@ -78,7 +89,7 @@ def _scatter(target: Tensor, source: Source, rows: Tensor) -> None:
         start += last - first
 
 
-def _round(block: nn.Module, activation: Format, stored: tuple[str, ...]) -> None:
+def _round(block: nn.Module, activation: Format, stored: set[str]) -> None:
     """Hook the block: norms read and write float16, linear layers read the format, and what
     `stored` names is written as float16."""
 

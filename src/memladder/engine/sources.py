@@ -5,49 +5,44 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
+
 
 @dataclass(frozen=True)
 class Source:
-    """A tensor's rows, or every `parts`-th block of `block` of them, from block `part` on.
+    """Rows of a tensor: ranges first … last − 1, one after the other.
 
-    BLOOM keeps query, key and value of a head next to each other: the keys of all heads are
-    `Source(name, parts=3, part=1, block=head_dim)`.
+    BLOOM keeps query, key and value of a head next to each other: there the keys of all heads are
+    as many ranges as heads.
     """
 
     tensor: str
-    parts: int = 1
-    part: int = 0
-    block: int = 1
+    ranges: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def of(cls, tensor: str, rows: np.ndarray) -> Source:
+        """Of the rows' numbers.
+
+        >>> Source.of("qkv", np.array([4, 5, 6, 7, 16, 17])).ranges
+        ((4, 8), (16, 18))
+        """
+        ends = np.flatnonzero(np.diff(rows) != 1)
+        firsts = rows[np.concatenate(([0], ends + 1))]
+        lasts = rows[np.concatenate((ends, [len(rows) - 1]))] + 1
+        return cls(tensor, tuple(zip(firsts.tolist(), lasts.tolist(), strict=True)))
+
+    def __len__(self) -> int:
+        return sum(last - first for first, last in self.ranges)
 
     def runs(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
         """Rows start … stop of the result as ranges of the tensor's own rows.
 
-        >>> list(Source("qkv", parts=3, part=1, block=4).runs(2, 9))
+        >>> list(Source("qkv", ((4, 8), (16, 20), (28, 32))).runs(2, 9))
         [(6, 8), (16, 20), (28, 29)]
         """
-        if self.parts == 1:
-            yield start, stop
-            return
-        while start < stop:
-            group, row = divmod(start, self.block)
-            first = (group * self.parts + self.part) * self.block + row
-            size = min(self.block - row, stop - start)
-            yield first, first + size
-            start += size
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """A weight [rows, columns] = [out, in] of the layer."""
-
-    rows: int
-    columns: int
-    source: Source
-
-
-@dataclass(frozen=True)
-class Vector:
-    """A norm's weight or a bias [size], kept in fp16."""
-
-    size: int
-    source: Source
+        at = 0
+        for first, last in self.ranges:
+            inner = max(start - at, 0), min(stop - at, last - first)
+            if inner[0] < inner[1]:
+                yield first + inner[0], first + inner[1]
+            at += last - first

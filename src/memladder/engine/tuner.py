@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from memladder.case import Shape
-from memladder.engine import packed_layer, programs
+from memladder.engine import packed_layer
 from memladder.engine.driver import Graph
 from memladder.engine.execute import Execution, arena_bytes
 from memladder.engine.packed_layer import PackedLayer
@@ -30,9 +30,7 @@ def tune(layer: PackedLayer, shape: Shape, activation: Format | None, report: Re
     """
     device = torch.device("cuda", torch.cuda.current_device())
     block = torch.empty(packed_layer.device_bytes(layer), dtype=torch.uint8, device=device)
-    program = programs.definition(layer.config.model).program(
-        layer.config.values, shape, activation
-    )
+    program = layer.form.program(shape, activation)
     planned = plan(program)
     size = arena_bytes(program, planned, cuda)
     arena = torch.zeros(size, dtype=torch.uint8, device=device)

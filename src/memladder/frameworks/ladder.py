@@ -29,15 +29,15 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    from memladder.engine.packed_layer import Weights
-    from memladder.engine.program import Program
+    from memladder.engine.packed_layer import PackedLayer
     from memladder.formats.base import Format
 
 _INSTALL = {
     "cpu": "pip install 'memladder[ladder]'",
     "cuda": "pip install 'memladder[ladder-cuda]'",
 }
-_NEEDED = ("torch", "transformers", "safetensors")
+# onnx and onnxscript export the layer that is compiled.
+_NEEDED = ("torch", "transformers", "safetensors", "onnx", "onnxscript")
 _NEEDED_ON_CUDA = ("triton", "cuda.bindings")
 # Kept as it is, or an activation's format only.
 _NO_WEIGHTS = {"fp16", "int8"}
@@ -52,7 +52,7 @@ _STEPS = 1e-2
 class Ladder(Framework):
     """The engine with one format for activations and one for weights."""
 
-    packages: tuple[str, ...] = ("torch", "triton", "transformers", "safetensors")
+    packages = ("torch", "triton", "transformers", "safetensors", "onnx", "onnxscript")
     rounds_as_layer = False
 
     def __init__(self, activation: str, weight: str) -> None:
@@ -95,7 +95,7 @@ class Ladder(Framework):
         return {"CUDA_MODULE_LOADING": "LAZY", "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 
     def prepare(self, job: Job) -> None:
-        """The packed layer."""
+        """The packed layer, and before it the layer compiled from ONNX, for all shapes."""
         from memladder.engine import packing
 
         packing.ensure(job.config, formats.get(self.weight), job.cache_dir, job.seed)
@@ -106,17 +106,26 @@ class Ladder(Framework):
 
     def weight_bytes(self, job: Job) -> int:
         """All tensors of the packed layer."""
-        from memladder.engine import packed_layer
+        from memladder.engine.compiler import layers
+        from memladder.engine.packed_layer import Form
 
-        return packed_layer.weight_bytes(job.config, formats.get(self.weight))
+        fused = layers.ensure(job.config, job.cache_dir).fused
+        return Form(fused, formats.get(self.weight), {}).nbytes
 
     def reference(self, job: Job) -> np.ndarray | None:
         """The layer in fp32 on the dequantised weights, activations rounded alike."""
         from memladder.engine import packed_layer, packing, reference
+        from memladder.engine.compiler import layers
 
         path = packing.ensure(job.config, formats.get(self.weight), job.cache_dir, job.seed)
-        packed = packed_layer.load(path)
-        return reference.output(packed, job.case.shape, job.seed, self.activation_format())
+        return reference.output(
+            job.config,
+            packed_layer.load(path),
+            layers.ensure(job.config, job.cache_dir).sources,
+            job.case.shape,
+            job.seed,
+            self.activation_format(),
+        )
 
     def tolerance(self, device: str) -> float:
         """Four unit roundoffs of float16 (2^-11), in which activations are kept between steps.
@@ -127,14 +136,14 @@ class Ladder(Framework):
 
     def session(self, job: Job, announce: Callable[[str], None]) -> Session:
         """Import torch and the engine."""
-        return EngineSession(job, announce, self)
+        return _Session(job, announce, self)
 
     def activation_format(self) -> Format | None:
         """None for fp16: what is in fp16 already needs no rounding."""
         return None if self.activation == "fp16" else formats.get(self.activation)
 
 
-class EngineSession(Session):
+class _Session(Session):
     """A layer of the engine: weights in one block, one arena, and on CUDA one graph."""
 
     def __init__(self, job: Job, announce: Callable[[str], None], variant: Ladder) -> None:
@@ -144,31 +153,17 @@ class EngineSession(Session):
         os.environ.setdefault("TRITON_CACHE_DIR", str(job.cache_dir / "triton"))
         import torch
 
-        from memladder.engine import driver, execute, packed_layer, packing, plan, programs
+        from memladder.engine import driver, execute, packed_layer, packing, plan
 
         self._torch, self._driver = torch, driver
         self._device = torch.device(job.case.device)
-        self._execute, self._plan, self._programs = execute, plan, programs
+        self._execute, self._plan = execute, plan
         self._packing, self._packed_layer = packing, packed_layer
         kernels = "cuda" if self._on_cuda else "naive"
         self._kernels = importlib.import_module(f"memladder.kernels.{kernels}")
         self._variant = variant
         self._weight = formats.get(variant.weight)
         self._activation = variant.activation_format()
-
-    def load(self) -> Weights:
-        """The layer's weights, mapped."""
-        job = self.job
-        path = self._packing.ensure(job.config, self._weight, job.cache_dir, job.seed)
-        return self._packed_layer.load(path)
-
-    def program(self) -> Program:
-        """The layer's steps at the case's shape."""
-        definition = self._programs.definition(self.job.config.model)
-        found: Program = definition.program(
-            self.job.config.values, self.job.case.shape, self._activation
-        )
-        return found
 
     def context(self) -> None:
         """On CUDA a context without stacks; nothing to bring up on the CPU."""
@@ -182,7 +177,9 @@ class EngineSession(Session):
     def weights(self) -> None:
         """Map the packed layer. On the CPU its pages come in when the first pass reads them; on
         CUDA it is copied into one block."""
-        self._layer = self.load()
+        job = self.job
+        path = self._packing.ensure(job.config, self._weight, job.cache_dir, job.seed)
+        self._layer: PackedLayer = self._packed_layer.load(path)
         if self._on_cuda:
             block = self._empty(self._packed_layer.device_bytes(self._layer))
             self._layer = self._packed_layer.on_device(self._layer, block)
@@ -190,7 +187,8 @@ class EngineSession(Session):
     def compile(self) -> None:
         """Write the program, plan the arena, and take it; on CUDA compile the kernels and record
         their launches as a graph."""
-        job, program = self.job, self.program()
+        job = self.job
+        program = self._layer.form.program(job.case.shape, self._activation)
         self._planned = self._plan.plan(program)
         size = self._execute.arena_bytes(program, self._planned, self._kernels)
         self._workspace_bytes = size - self._planned.nbytes
@@ -229,8 +227,8 @@ class EngineSession(Session):
 
     def settings(self) -> Mapping[str, Setting]:
         """Formats, the arena, and the kernels that ran."""
-        from memladder.engine.programs.build import CHUNK
-        from memladder.models import parameters
+        from memladder.engine.compiler.builder import CHUNK
+        from memladder.models import onnx_export, parameters
 
         on_device = (
             {
@@ -246,6 +244,8 @@ class EngineSession(Session):
             "weight_format": str(self._weight),
             "activation_format": self._variant.activation,
             "bits_per_weight": round(8 * self._layer.nbytes / parameters(self.job.config), 4),
+            "compiled_from": "onnx",
+            "onnx_opset": onnx_export.OPSET,
             "dtype": "float16",
             "kernels": "triton" if self._on_cuda else "naive",
             "chunk_tokens": CHUNK,

@@ -5,8 +5,8 @@ file here; nothing is downloaded and no code of a checkpoint runs. This module a
 files stay light: torch and transformers are imported when a layer is built.
 
 A model's file defines `VALUES` and `NARROW` (configurations), `read` (a `config.json` to the
-values that the layer depends on), `tensor_shapes`, and the three steps that `layer.py` builds a
-module from: `block`, `inputs` and `call`.
+values that the layer depends on), `tensor_shapes`, `widths`, `require_fixed_positions`, and the
+three steps that `layer.py` builds a module from: `block`, `inputs` and `call`.
 """
 
 from __future__ import annotations
@@ -52,6 +52,17 @@ class LayerConfig:
         """12 hexadecimal digits that differ whenever a value differs."""
         text = json.dumps([self.model, self.values], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+@dataclass(frozen=True)
+class Widths:
+    """Numbers a token: all heads' queries, all heads' keys, the MLP's inner activations; and how
+    many numbers describe all positions."""
+
+    queries: int
+    keys: int
+    inner: int
+    positions: int
 
 
 def names() -> tuple[str, ...]:
@@ -107,6 +118,12 @@ def tensor_shapes(config: LayerConfig) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the layer's parameters; a matrix is [out, in]."""
     shapes: dict[str, tuple[int, ...]] = definition(config.model).tensor_shapes(config.values)
     return shapes
+
+
+def widths(config: LayerConfig) -> Widths:
+    """Widths of what the layer computes."""
+    found: Widths = definition(config.model).widths(config.values)
+    return found
 
 
 def parameters(config: LayerConfig) -> int:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from memladder.case import Shape
-from memladder.models import fields
+from memladder.models import Widths, fields
 
 if TYPE_CHECKING:
     import torch
@@ -64,11 +64,21 @@ def tensor_shapes(values: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def widths(values: Mapping[str, Any]) -> Widths:
+    """Of what the layer computes for each token."""
+    hidden = values["hidden_size"]
+    return Widths(queries=hidden, keys=hidden, inner=4 * hidden, positions=values["n_head"])
+
+
 def _hf_config(values: Mapping[str, Any]) -> Any:
     from transformers import BloomConfig
 
     # BloomBlock knows eager attention only; the name decides which mask BloomModel builds.
     return BloomConfig(**values, attn_implementation="eager")
+
+
+def require_fixed_positions(values: Mapping[str, Any]) -> None:
+    """ALiBi's slopes are the same for all lengths."""
 
 
 def block(values: Mapping[str, Any]) -> torch.nn.Module:

@@ -33,6 +33,11 @@ def layer_dir(config: LayerConfig, cache_dir: Path, seed: int) -> Path:
     return cache_dir / f"{config.model}-{config.digest}-seed{seed}"
 
 
+def graph_dir(config: LayerConfig, cache_dir: Path) -> Path:
+    """The folder of what is known of a layer without its weights."""
+    return cache_dir / f"{config.model}-{config.digest}"
+
+
 @contextmanager
 def writing(folder: Path) -> Iterator[None]:
     """Hold the folder for writing; a second process waits. Raises CacheError if it can't be."""

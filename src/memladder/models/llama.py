@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from memladder.case import Shape
-from memladder.errors import ConfigError
-from memladder.models import fields
+from memladder.errors import ConfigError, UnavailableError
+from memladder.models import Widths, fields
 
 if TYPE_CHECKING:
     import torch
@@ -40,6 +40,7 @@ LAYER_PREFIXES = ("model.layers.{}.", "layers.{}.")
 
 _ACTIVATIONS = ("silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
 _ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
+_FIXED_ROPE_TYPES = ("default", "linear", "llama3")
 
 
 def read(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -102,6 +103,27 @@ def tensor_shapes(values: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         if bias:
             shapes[f"{name}.bias"] = (rows,)
     return shapes | {"post_attention_layernorm.weight": (hidden,)}
+
+
+def require_fixed_positions(values: Mapping[str, Any]) -> None:
+    """Raise UnavailableError where angles depend on the sequence's length, or scale attention."""
+    kind = values["rope_parameters"]["rope_type"]
+    if kind not in _FIXED_ROPE_TYPES:
+        raise UnavailableError(
+            f"ladder has no rotary positions of type {kind!r}; it has "
+            f"{', '.join(_FIXED_ROPE_TYPES)}"
+        )
+
+
+def widths(values: Mapping[str, Any]) -> Widths:
+    """Of what the layer computes for each token."""
+    head_dim = values["head_dim"]
+    return Widths(
+        queries=values["num_attention_heads"] * head_dim,
+        keys=values["num_key_value_heads"] * head_dim,
+        inner=values["intermediate_size"],
+        positions=head_dim // 2,
+    )
 
 
 def _hf_config(values: Mapping[str, Any]) -> Any:

@@ -18,22 +18,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from memladder.case import Shape
-from memladder.models import LayerConfig, cache, hidden_size, weights
+from memladder.models import LayerConfig, cache, hidden_size, tensor_shapes, weights
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+    from torch import nn
 
 OPSET = 23
 _RECIPE = "2"
 _MAKERS = ("torch", "transformers", "onnx", "onnxscript", "onnx-ir")
-_PREFIX = "block."
+PREFIX = "block."
 
 
 def file_name(shape: Shape) -> str:
     """The graph's file for a shape; differs whenever what makes it has another version."""
+    return f"layer-{shape}-{version()}.onnx"
+
+
+def version() -> str:
+    """8 hexadecimal digits that differ whenever what makes graphs has another version."""
     versions = [f"{name} {importlib.metadata.version(name)}" for name in _MAKERS]
-    key = hashlib.sha256(" ".join([_RECIPE, str(OPSET), *versions]).encode()).hexdigest()[:8]
-    return f"layer-{shape}-{key}.onnx"
+    return hashlib.sha256(" ".join([_RECIPE, str(OPSET), *versions]).encode()).hexdigest()[:8]
 
 
 def ensure(config: LayerConfig, cache_dir: Path, shape: Shape, seed: int) -> Path:
@@ -53,15 +58,47 @@ def ensure(config: LayerConfig, cache_dir: Path, shape: Shape, seed: int) -> Pat
     return path
 
 
+def outline(config: LayerConfig, shape: Shape) -> bytes:
+    """The graph in float32 without weights, as `ensure` writes it with them: that of any seed, and
+    of any checkpoint. Its parameters, `PREFIX` before their names, refer to a file that is none.
+
+    Raises ConfigError where transformers refuses the configuration.
+    """
+    import onnx_ir as ir
+    import torch
+
+    from memladder.models import layer
+
+    module = layer.build(config, shape, torch.float32)
+    for number, (name, sizes) in enumerate(tensor_shapes(config).items()):
+        # One element for all, another for each: the exporter makes one of what is the same.
+        layer.put(module, name, torch.tensor(float(number)).expand(sizes))
+    model = _traced(module.eval(), config, shape)
+    _refer(model, config, 0)
+    found: bytes = ir.to_proto(model).SerializeToString()
+    return found
+
+
 def _export(config: LayerConfig, data: Path, shape: Shape, seed: int, path: Path) -> None:
     import onnx_ir as ir
     import torch
 
-    from memladder.models import layer, onnx_rules
+    from memladder.models import layer
 
     # The parameters are the mapped file: tracing reads none of their values.
     module = layer.load(config, data, shape, torch.float16, torch.device("cpu")).eval()
-    states = torch.empty(shape.batch_size, shape.seq_len, hidden_size(config), dtype=torch.float16)
+    model = _traced(module, config, shape)
+    _refer(model, config, seed)
+    path.write_bytes(ir.to_proto(model).SerializeToString())
+
+
+def _traced(module: nn.Module, config: LayerConfig, shape: Shape) -> ir.Model:
+    import torch
+
+    from memladder.models import onnx_rules
+
+    dtype = next(module.parameters()).dtype
+    states = torch.empty(shape.batch_size, shape.seq_len, hidden_size(config), dtype=dtype)
     # It reports every operator that only torchvision would have.
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings():
@@ -78,8 +115,7 @@ def _export(config: LayerConfig, data: Path, shape: Shape, seed: int, path: Path
         )
     assert program is not None
     onnx_rules.fuse_rotary(program.model)
-    _refer(program.model, config, seed)
-    path.write_bytes(ir.to_proto(program.model).SerializeToString())
+    return program.model
 
 
 def _refer(model: ir.Model, config: LayerConfig, seed: int) -> None:
@@ -87,7 +123,7 @@ def _refer(model: ir.Model, config: LayerConfig, seed: int) -> None:
     import onnx_ir as ir
 
     for name, entry in weights.entries(config, seed).items():
-        value = model.graph.initializers[_PREFIX + name]
+        value = model.graph.initializers[PREFIX + name]
         value.const_value = ir.ExternalTensor(
             weights.FILE_NAME,
             entry.offset,

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from memladder import formats
-from memladder.engine.compiler.bundle import choose_formats
+from memladder.case import Shape
+from memladder.engine.compiler.builder import CHUNK, TILE
 from memladder.engine.compiler.fuse import fuse
-from memladder.engine.compiler.fused import Fused
-from memladder.engine.compiler.lower import lower
+from memladder.engine.compiler.fused import Parameters
 from memladder.engine.graph import convert
 from memladder.engine.graph.nodes import Graph
+from memladder.engine.packed_layer import ACTIVATIONS, Form
 from memladder.engine.plan import Plan, plan
 from memladder.engine.program import Program
-from memladder.engine.programs.build import CHUNK
 from memladder.errors import UsageError
 from memladder.formats.base import Format
 
 ENGINES = ("welder", "ladder")
-
-# As in the figure: a weight format that comes with an activation format of its own.
-ACTIVATIONS = {"fp8": "fp8", "mxfp8": "mxfp8", "int1": "int8"}
 
 
 @dataclass(frozen=True)
@@ -46,9 +45,8 @@ class Result:
     """All that is known of a compiled layer but its weights' bytes."""
 
     graph: Graph
-    fused: Fused
-    format: Format
-    formats: dict[str, Format]
+    form: Form
+    parameters: Parameters
     activation: Format | None
     program: Program
     plan: Plan
@@ -70,40 +68,56 @@ def compile_file(path: Path, options: Options) -> Result:
         allowed = ", ".join(key for key in formats.names() if formats.get(key).is_activation)
         raise UsageError(f"{options.activation} is no activation format; allowed: {allowed}")
     rounded = None if activation.bits == 16 else activation
-    if rounded is not None and options.kept:
-        raise UsageError("matrices can be kept in fp16 only where activations are in fp16")
     graph = convert.load(path)
-    fused = fuse(graph)
-    kinds = choose_formats(fused, kind, options.kept)
-    program, planned, chunk = within(fused, rounded, options.budget, options.in_place)
-    return Result(graph, fused, kind, kinds, rounded, program, planned, chunk)
+    fused, parameters = fuse(graph)
+    kept = _kept(parameters, options.kept)
+    form = Form(fused, kind, dict.fromkeys(kept, formats.get("fp16")), graph.shape)
+    program, planned, chunk = within(form, graph.shape, rounded, options.budget, options.in_place)
+    return Result(graph, form, parameters, rounded, program, planned, chunk)
+
+
+def _kept(parameters: Parameters, patterns: tuple[str, ...]) -> list[str]:
+    """Matrices whose name fits a pattern: the engine's name (`query`, `down`), or the model's
+    (`self_attn.q_proj.weight`). Raises UsageError for a pattern that fits none."""
+    names = {name: (name, weight.array.name) for name, weight in parameters.matrices.items()}
+    for pattern in patterns:
+        if not any(fnmatchcase(known, pattern) for both in names.values() for known in both):
+            raise UsageError(
+                f"no matrix is called {pattern!r}; there are: "
+                f"{', '.join(f'{name} ({source})' for name, source in names.values())}"
+            )
+    return [
+        name
+        for name, both in names.items()
+        if any(fnmatchcase(known, pattern) for pattern in patterns for known in both)
+    ]
 
 
 def within(
-    fused: Fused, activation: Format | None, budget: int | None, in_place: bool
+    form: Form, shape: Shape, activation: Format | None, budget: int | None, in_place: bool
 ) -> tuple[Program, Plan, int]:
     """The program of the longest chunk whose arena is within the budget; without one, the knee.
 
     Raises UsageError with the least that is needed if none is.
     """
     if budget is None:
-        program = lower(fused, activation, in_place=in_place)
+        program = form.program(shape, activation, in_place=in_place)
         return program, plan(program), CHUNK
-    chunk = 1
-    while chunk < fused.shape.tokens:
-        chunk *= 2
-    while True:
-        program = lower(fused, activation, chunk=chunk, in_place=in_place)
+    for chunk in _chunks(shape.tokens):
+        program = form.program(shape, activation, chunk=chunk, budget=budget, in_place=in_place)
         planned = plan(program)
         if planned.nbytes <= budget:
             return program, planned, chunk
-        if chunk <= _LEAST_CHUNK:
-            raise UsageError(
-                f"a memory budget of {budget:,} bytes is too small: "
-                f"{planned.nbytes:,} are the least"
-            )
-        chunk //= 2
+    raise UsageError(
+        f"a memory budget of {budget:,} bytes is too small: {planned.nbytes:,} are the least"
+    )
 
 
-# Shorter chunks read all weights for a few tokens.
-_LEAST_CHUNK = 16
+def _chunks(tokens: int) -> list[int]:
+    """Lengths of chunks that are worth a try, the longest first: whole tiles that divide the tokens
+    evenly, and what is shorter than a tile. Those below 16 read all weights for a few tokens."""
+    whole = {math.ceil(tokens / count / TILE) * TILE for count in range(1, _MOST_CHUNKS + 1)}
+    return sorted(whole | {TILE >> i for i in range(4)}, reverse=True)
+
+
+_MOST_CHUNKS = 64

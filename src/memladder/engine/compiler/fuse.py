@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from memladder.engine.compiler.fused import Fused, Glu, NamedNorm, Product
+from memladder.engine.compiler.fused import Fused, Glu, NamedNorm, Parameters, Product
 from memladder.engine.graph.nodes import (
     Attention,
     Graph,
@@ -31,8 +31,8 @@ from memladder.errors import GraphError
 from memladder.kernels import naive
 
 
-def fuse(graph: Graph) -> Fused:
-    """Kernels for a canonical graph.
+def fuse(graph: Graph) -> tuple[Fused, Parameters]:
+    """Kernels for a canonical graph, and what they read.
 
     Raises GraphError, naming the node, for what no kernel computes.
     """
@@ -61,20 +61,20 @@ class _Fuser:
                         self._projections[id(linear)] = name
                         self._projected_from.add(id(linear.x))
 
-    def fused(self) -> Fused:
+    def fused(self) -> tuple[Fused, Parameters]:
         """All of the graph."""
         output = self._node(self._graph.output)
-        return Fused(
-            self._graph.shape,
+        fused = Fused(
             self._graph.input,
             output,
             self._attention,
             self._projected,
             self._rotated,
-            self._matrices,
-            self._vectors,
-            self._constants,
+            {name: (len(weight.rows), weight.columns) for name, weight in self._matrices.items()},
+            {name: len(vector) for name, vector in self._vectors.items()},
+            {name: len(constant) for name, constant in self._constants.items()},
         )
+        return fused, Parameters(self._matrices, self._vectors, self._constants)
 
     def _node(self, node: Node) -> Node:
         """Depth first, so that names and steps are in the order of need."""

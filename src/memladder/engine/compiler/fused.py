@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from memladder.case import Shape
 from memladder.engine.graph.nodes import Attention, Node, Weight
 
 
@@ -59,18 +58,32 @@ class NamedNorm(Node):
 
 @dataclass(frozen=True)
 class Fused:
-    """A layer in kernels, and what they hold: matrices, fp16 vectors, float32 constants.
+    """A layer in kernels, at any shape, without its weights: sizes of the matrices [rows, columns],
+    fp16 vectors and float32 constants that it reads by name.
 
     `projected`: query, key and value, where these are products of the same rows, which one kernel
     makes; it rotates queries and keys if they are `rotated`.
     """
 
-    shape: Shape
     input: Node
     output: Node
     attention: Attention | None
     projected: tuple[Product, ...]
     rotated: bool
+    matrices: Mapping[str, tuple[int, int]]
+    vectors: Mapping[str, int]
+    constants: Mapping[str, int]
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of input and output."""
+        return self.input.columns
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """What a fused layer reads, as the model has it: rows of stored matrices, and vectors."""
+
     matrices: Mapping[str, Weight]
     vectors: Mapping[str, np.ndarray]
     constants: Mapping[str, np.ndarray]

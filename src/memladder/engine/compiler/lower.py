@@ -8,14 +8,14 @@ time as attention's memory holds. Within a chunk a value lives only as long as i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from memladder.case import Shape
+from memladder.engine.compiler.builder import CHUNK, Builder, free_chunk, in_chunks
 from memladder.engine.compiler.fused import Fused, Glu, NamedNorm, Product
 from memladder.engine.graph.nodes import Attention, Node, Pointwise, Rotary, ordered
 from memladder.engine.program import Program, Rows, Value
-from memladder.engine.programs.build import CHUNK, Builder, free_chunk, in_chunks
-from memladder.engine.sources import Matrix, Source
 from memladder.errors import GraphError
 from memladder.formats.base import Format
 
@@ -25,41 +25,53 @@ class _OverlapError(Exception):
 
 
 def lower(
-    fused: Fused, activation: Format | None = None, *, chunk: int = CHUNK, in_place: bool = True
+    fused: Fused,
+    shape: Shape,
+    activation: Format | None = None,
+    *,
+    plain: Iterable[str] = (),
+    chunk: int = CHUNK,
+    budget: int = 0,
+    in_place: bool = True,
 ) -> Program:
-    """The layer's program; `activation` is None for fp16.
+    """The layer's program at a shape; `activation` is None for fp16. `plain`: matrices that stay in
+    fp16 where others do not. `chunk`: tokens at a time; what follows attention takes as many as
+    need no more memory than attention, or than `budget` in bytes.
 
     The output overwrites the input with `in_place`, unless a kernel would then write over what it
     reads.
     """
     try:
-        return _program(fused, activation, chunk, in_place)
+        return _program(fused, shape, activation, frozenset(plain), chunk, budget, in_place)
     except _OverlapError:
-        return _program(fused, activation, chunk, in_place=False)
+        return _program(fused, shape, activation, frozenset(plain), chunk, budget, in_place=False)
 
 
-def _program(fused: Fused, activation: Format | None, chunk: int, in_place: bool) -> Program:
-    matrices = {
-        name: Matrix(len(weight.rows), weight.columns, Source(weight.array.name))
-        for name, weight in fused.matrices.items()
-    }
-    biases = frozenset(name for name in matrices if f"{name}.bias" in fused.vectors)
-    width = fused.input.columns
-    builder = Builder(fused.shape, width, matrices, biases, activation, chunk, in_place)
+def _program(
+    fused: Fused,
+    shape: Shape,
+    activation: Format | None,
+    plain: frozenset[str],
+    chunk: int,
+    budget: int,
+    in_place: bool,
+) -> Program:
+    biases = frozenset(name for name in fused.matrices if f"{name}.bias" in fused.vectors)
+    width = fused.hidden_size
+    builder = Builder(shape, width, fused.matrices, biases, activation, plain, chunk, in_place)
     start = fused.input
-    source = builder.input
     if fused.attention is not None:
         start = _cut(fused, fused.attention)
         _attention_part(builder, fused, fused.attention, start)
-        source = builder.output
     if start is not fused.output:
 
         def write(builder: Builder, at: int, size: int) -> None:
+            source = builder.input if start is fused.input else builder.output
             chunk = _Chunk(builder, fused, at, {id(start): Rows(source, at, size)})
             chunk.emit(fused.output, Rows(builder.output, at, size))
 
         if fused.attention is not None:
-            builder.chunk = free_chunk(builder, write)
+            builder.chunk = free_chunk(builder, write, budget)
         in_chunks(builder, write)
     return builder.program()
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from memladder.engine.compiler.compile import Result
-from memladder.engine.compiler.lower import lower
 from memladder.engine.compiler.tiles import ITEM_BYTES, connection, cut
 from memladder.engine.graph.nodes import Attention, Graph, Input, Linear
+from memladder.engine.plan import plan
 from memladder.engine.program import Program, Rows, Step
 from memladder.kernels.packed import matrix_bytes
 from memladder.units import mib
@@ -19,11 +19,11 @@ from memladder.units import mib
 def weight_sizes(found: Result) -> dict[str, int]:
     """Bytes of everything that a step may read by name."""
     sizes = {
-        name: matrix_bytes(found.formats[name], len(weight.rows), weight.columns)
-        for name, weight in found.fused.matrices.items()
+        name: matrix_bytes(found.form.format_of(name), *size)
+        for name, size in found.form.fused.matrices.items()
     }
-    sizes |= {name: 2 * len(vector) for name, vector in found.fused.vectors.items()}
-    return sizes | {name: 4 * len(vector) for name, vector in found.fused.constants.items()}
+    sizes |= {name: 2 * size for name, size in found.form.fused.vectors.items()}
+    return sizes | {name: 4 * size for name, size in found.form.fused.constants.items()}
 
 
 def step_bytes(program: Program, step: Step, sizes: Mapping[str, int]) -> int:
@@ -55,6 +55,11 @@ def unfused_bytes(graph: Graph, sizes: Mapping[str, int]) -> int:
     return moved
 
 
+def weight_reads(program: Program, sizes: Mapping[str, int]) -> int:
+    """Bytes of everything that is read by name, as often as it is read."""
+    return sum(sizes[name] for step in program.steps for name in step.weights.values())
+
+
 def fused_bytes(found: Result, program: Program | None = None) -> int:
     """Of the program, or of another one for the same layer: the sum over its steps."""
     sizes, program = weight_sizes(found), program or found.program
@@ -66,13 +71,16 @@ def markdown(found: Result, model: str, engine: str) -> str:
     shape, program = found.graph.shape, found.program
     sizes = weight_sizes(found)
     unfused = unfused_bytes(found.graph, sizes)
-    whole = fused_bytes(found, lower(found.fused, found.activation, chunk=shape.tokens))
+    at_once = found.form.program(shape, found.activation, chunk=shape.tokens)
+    whole, chunked = fused_bytes(found, at_once), fused_bytes(found)
+    # The same chunks would have the operators read weights as often.
+    unfused_chunked = unfused + weight_reads(program, sizes) - weight_reads(at_once, sizes)
     activation = "fp16" if found.activation is None else str(found.activation)
     lines = [
         f"# {model}, compiled by {engine}",
         "",
-        f"Batch {shape.batch_size} × {shape.seq_len} tokens; weights {found.format}, activations "
-        f"{activation}; chunks of {found.chunk} tokens at least. "
+        f"Batch {shape.batch_size} × {shape.seq_len} tokens; weights {found.form.format}, "
+        f"activations {activation}; chunks of {found.chunk} tokens at least. "
         "All numbers are predicted from shapes, none is measured.",
         "",
         "| | MiB |",
@@ -80,14 +88,24 @@ def markdown(found: Result, model: str, engine: str) -> str:
         f"| weights | {mib(sum(sizes.values())):,.1f} |",
         f"| arena | {mib(found.plan.nbytes):,.1f} |",
         f"| least that any plan of this program takes | {mib(found.plan.lower_bound):,.1f} |",
-        f"| traffic of the program | {mib(fused_bytes(found)):,.1f} |",
-        f"| traffic of the same kernels on all tokens at once | {mib(whole):,.1f} |",
-        f"| traffic if every operator were a kernel, scores in memory | {mib(unfused):,.1f} |",
         "",
-        f"{len(program.steps)} launches. On all tokens at once the kernels move "
-        f"{whole / unfused:.2f} of what unfused operators would; chunks read weights again, for "
-        "the sake of the arena.",
+        f"{len(program.steps)} launches.",
         "",
+        "## Traffic",
+        "",
+        "MiB from and to memory. Unfused: every operator is a kernel, attention's scores are in "
+        "memory. Chunks read weights again, for the sake of the arena, and so would operators.",
+        "",
+        "| | all tokens at once | in the program's chunks |",
+        "|---|---:|---:|",
+        f"| unfused | {mib(unfused):,.1f} | {mib(unfused_chunked):,.1f} |",
+        f"| fused | {mib(whole):,.1f} | {mib(chunked):,.1f} |",
+        f"| fused / unfused | {whole / unfused:.2f} | {chunked / unfused_chunked:.2f} |",
+        "",
+        f"The program, in its chunks, moves {chunked / unfused:.2f} of what unfused operators "
+        "move on all tokens at once.",
+        "",
+        *_chunks(found),
         "## What is joined",
         "",
         "Values of the graph that do not reach global memory, and where they stay:",
@@ -106,6 +124,26 @@ def markdown(found: Result, model: str, engine: str) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _chunks(found: Result) -> Iterator[str]:
+    """What longer and shorter chunks would cost: what a budget chooses from."""
+    shape, least = found.graph.shape, 128
+    if shape.tokens <= least:
+        return
+    yield from ("Other chunks, which `--memory-budget` chooses from:", "")
+    yield from (
+        "| tokens at a time, at least | launches | arena, MiB | traffic, MiB |",
+        "|---:" * 4 + "|",
+    )
+    lengths = [least << i for i in range(32) if least << i < shape.tokens]
+    for chunk in (*lengths, shape.tokens):
+        program = found.form.program(shape, found.activation, chunk=chunk)
+        yield (
+            f"| {chunk} | {len(program.steps)} | {mib(plan(program).nbytes):,.1f} "
+            f"| {mib(fused_bytes(found, program)):,.1f} |"
+        )
+    yield ""
 
 
 def _joined(found: Result) -> Iterator[str]:
@@ -141,11 +179,11 @@ def _kernels(found: Result, sizes: Mapping[str, int]) -> Iterator[str]:
         step = steps[0]
         rows = next(iter(step.writes.values())).count
         tile, waves = "rows", ""
-        matrices = [name for name in step.weights.values() if name in found.fused.matrices]
+        matrices = [name for name in step.weights.values() if name in found.form.fused.matrices]
         if matrices:
-            weights = [found.fused.matrices[name] for name in matrices]
-            columns = sum(len(weight.rows) for weight in weights)
-            best = cut(rows, columns, weights[0].columns, sum(sizes[name] for name in matrices))
+            weights = [found.form.fused.matrices[name] for name in matrices]
+            columns = sum(weight[0] for weight in weights)
+            best = cut(rows, columns, weights[0][1], sum(sizes[name] for name in matrices))
             tile, waves = f"{best.rows} × {best.columns}", f"{best.waves:.1f}"
         called = step.kernel + "".join(
             f" {step.values[name]}" for name in ("activation", "function") if step.values.get(name)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeAlias
 
@@ -38,13 +39,13 @@ from memladder.errors import GraphError
 Operand: TypeAlias = Array | Value | Scores | None
 
 
-def load(path: Path) -> Graph:
-    """The canonical graph of the layer in an ONNX file.
+def load(path: Path, given: Mapping[str, np.ndarray] | None = None) -> Graph:
+    """The canonical graph of the layer in an ONNX file. `given`: see `onnx_file.read`.
 
     Raises GraphError, one line, for a file that can't be read and for operators, types and layouts
     that are not supported; it names operator and node.
     """
-    return convert(onnx_file.read(path))
+    return convert(onnx_file.read(path, given))
 
 
 def convert(model: Model) -> Graph:
@@ -201,6 +202,8 @@ def _by_head(term: Term, dim: int) -> np.ndarray:
     """The term's factors [seq_len, head_dim], the same for all heads."""
     table = np.ones((1,) * (term.index.ndim + 1)) if term.table is None else term.table
     table = np.broadcast_to(table, (*table.shape[:-1], dim))
+    if not np.isfinite(table).all():
+        raise PositionError("numbers by position that are not finite")
     flat = table.reshape(len(table), -1, dim)
     if (flat != flat[:, :1]).any():
         raise PositionError("heads that are rotated by several angles")

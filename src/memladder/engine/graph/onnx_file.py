@@ -51,8 +51,8 @@ class Model:
     opset: int
 
 
-def read(path: Path) -> Model:
-    """The model in a file.
+def read(path: Path, given: Mapping[str, np.ndarray] | None = None) -> Model:
+    """The model in a file. Parameters that are `given` are taken from there.
 
     Raises GraphError, one line, for what is no ONNX file, for missing external data, for open
     dynamic shapes, and for inputs and outputs other than hidden states.
@@ -62,21 +62,25 @@ def read(path: Path) -> Model:
     opset = max((o.version for o in proto.opset_import if o.domain in _DOMAINS), default=0)
     if opset < _LEAST_OPSET:
         raise GraphError(f"{path}: opset {opset}; {_LEAST_OPSET} or later is wanted")
-    constants = {t.name: _array(path, t) for t in graph.initializer}
-    given = [value for value in graph.input if value.name not in constants]
-    if len(given) != 1 or len(graph.output) != 1:
-        names = ", ".join(value.name for value in (given, graph.output)[len(given) == 1])
-        what = "input" if len(given) != 1 else "output"
+    constants = {
+        t.name: Array(t.name, given[t.name]) if given and t.name in given else _array(path, t)
+        for t in graph.initializer
+    }
+    inputs = [value for value in graph.input if value.name not in constants]
+    if len(inputs) != 1 or len(graph.output) != 1:
+        names = ", ".join(value.name for value in (inputs, graph.output)[len(inputs) == 1])
+        what = "input" if len(inputs) != 1 else "output"
         raise GraphError(f"{path}: one {what} is wanted, the hidden states; it has: {names[:200]}")
-    sizes = _sizes(path, given[0])
+    sizes = _sizes(path, inputs[0])
     if len(sizes) != 3:
         raise GraphError(
-            f"{path}: input {given[0].name!r} is {sizes}; [batch_size, seq_len, hidden_size] wanted"
+            f"{path}: input {inputs[0].name!r} is {sizes}; "
+            "[batch_size, seq_len, hidden_size] wanted"
         )
     return Model(
         tuple(_operator(number, node) for number, node in enumerate(graph.node)),
         constants,
-        given[0].name,
+        inputs[0].name,
         graph.output[0].name,
         Shape(sizes[0], sizes[1]),
         sizes[2],

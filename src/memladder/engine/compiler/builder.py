@@ -1,10 +1,4 @@
-"""Writing a decoder layer's program with the least activations.
-
-The hidden states are one buffer, which the layer's output overwrites. Sequence by sequence (as
-many short ones at once as fill a chunk): keys and values of all its tokens, then chunk by chunk
-norm → query → attention → output projection → residual. Then for all tokens, chunk by chunk,
-norm → MLP → residual. Within a chunk each intermediate lives only as long as it is read.
-"""
+"""Writing a layer's program, step by step; how its tokens are divided into chunks."""
 
 from __future__ import annotations
 
@@ -16,38 +10,30 @@ from dataclasses import dataclass, field, replace
 from memladder.case import Shape
 from memladder.engine.plan import plan
 from memladder.engine.program import ITEM_BYTES, Buffer, Program, Rows, Step, Value
-from memladder.engine.sources import Matrix
 from memladder.formats.base import Format
 from memladder.formats.fp8 import Fp8
 
 CHUNK = 512
 """Tokens at a time: beyond a few hundred, weights are reused enough for the arithmetic to count."""
 
-# Rows of a product's tile: chunks are multiples of it.
-_TILE = 128
+TILE = 128
+"""Rows of a product's tile: chunks are multiples of it."""
 
 STATES = "hidden_states"
 
 
-@dataclass(frozen=True)
-class Attention:
-    """Heads, and how positions enter: `rotary` or `alibi`."""
-
-    heads: int
-    kv_heads: int
-    head_dim: int
-    positions: str
-
-
 @dataclass
 class Builder:
-    """A program in the making. `matrices` are the layer's; `activation` is None for fp16."""
+    """A program in the making. `matrices` are the layer's, [rows, columns]; `activation` is None
+    for fp16. Those that are `plain` stay in fp16 where others do not, and so do their activations:
+    no kernel has both."""
 
     shape: Shape
     hidden_size: int
-    matrices: Mapping[str, Matrix]
+    matrices: Mapping[str, tuple[int, int]]
     biases: frozenset[str]
     activation: Format | None
+    plain: frozenset[str] = frozenset()
     chunk: int = CHUNK
     in_place: bool = True
     buffers: dict[str, Buffer] = field(default_factory=dict)
@@ -101,6 +87,14 @@ class Builder:
 
     def glu(self, x: Rows, out: Rows, activation: str, gate: str = "gate", up: str = "up") -> Rows:
         """out = activation(gate) · up."""
+        if (gate in self.plain) != (up in self.plain):
+            gated = self.linear(
+                gate, x, self.new("gate", x.count, self.matrices[gate][0]), activation
+            )
+            both = {"x": gated, "other": self.linear(up, x, out)}
+            places = (("x", "out"), ("other", "out"))
+            self.step("pointwise", both, {"out": out}, {}, {"function": "mul"}, places)
+            return out
         reads, weights, values = self._operands(x, {"gate": gate, "up": up})
         self.step("glu", reads, {"out": out}, weights, values | {"activation": activation})
         return out
@@ -110,6 +104,12 @@ class Builder:
 
         With `head_dim` queries and keys are rotated.
         """
+        for plain in (False, True):
+            own = {name: rows for name, rows in targets.items() if (name in self.plain) == plain}
+            if own:
+                self._qkv(x, head_dim, start, own)
+
+    def _qkv(self, x: Rows, head_dim: int | None, start: int, targets: dict[str, Rows]) -> None:
         # What attention gives is rounded to 8 bits, a step function: it would make much of the bits
         # that tensor cores leave away where they add up fp8 products.
         matrices = {f"{name}_weight": name for name in targets}
@@ -134,8 +134,8 @@ class Builder:
                 weights[f"{stem}_bias" if stem else "bias"] = f"{name}.bias"
         reads = {"x": x}
         values: dict[str, Value] = {}
-        if self.activation is not None:
-            columns = self.matrices[next(iter(matrices.values()))].columns
+        if self.activation is not None and not self.plain.issuperset(matrices.values()):
+            _, columns = self.matrices[next(iter(matrices.values()))]
             reads["x"], reads["scales"] = self._quantise(x, columns, wide)
             values["format"] = str(self.activation)
         return reads, weights, values
@@ -169,71 +169,6 @@ class Builder:
             yield first, min(self.chunk, start + count - first)
 
 
-def attention_block(
-    builder: Builder, norm: Mapping[str, Value], attention: Attention, residual_is_norm: bool
-) -> None:
-    """norm → query, key, value → attention → output projection → residual, for all tokens."""
-    seq_len = builder.shape.seq_len
-    width = attention.kv_heads * attention.head_dim
-    rotated = attention.head_dim if attention.positions == "rotary" else None
-    for first, count in builder.sequences():
-        start, rows = first * seq_len, count * seq_len
-        key, value = builder.new("key", rows, width), builder.new("value", rows, width)
-        chunks = list(builder.chunks(start, rows))
-        for at, size in chunks:
-            source = Rows(builder.input, at, size)
-            normed = _norm(builder, "attention_norm", norm, source)
-            targets = {
-                "key": Rows(key.buffer, at - start, size),
-                "value": Rows(value.buffer, at - start, size),
-            }
-            if len(chunks) == 1:
-                targets |= {"query": _query(builder, attention, size)}
-            builder.qkv(normed, rotated, at - start, **targets)
-        for at, size in chunks:
-            source = Rows(builder.input, at, size)
-            if len(chunks) > 1:
-                # All keys and values had to be there first; of their norms none was kept.
-                normed = _norm(builder, "attention_norm", norm, source)
-                targets = {"query": _query(builder, attention, size)}
-                builder.qkv(normed, rotated, at - start, **targets)
-            attended = _attend(builder, targets["query"], key, value, attention, at - start)
-            builder.linear(
-                "output",
-                attended,
-                Rows(builder.output, at, size),
-                residual=normed if residual_is_norm else source,
-            )
-
-
-def _query(builder: Builder, attention: Attention, size: int) -> Rows:
-    return builder.new("query", size, attention.heads * attention.head_dim)
-
-
-def mlp_block(
-    builder: Builder,
-    norm: Mapping[str, Value],
-    activation: str,
-    gated: bool,
-    residual_is_norm: bool,
-) -> None:
-    """norm → MLP → residual, for all tokens, where the attention's output lies."""
-    width = builder.matrices["up"].rows
-
-    def write(builder: Builder, at: int, size: int) -> None:
-        states = Rows(builder.output, at, size)
-        normed = _norm(builder, "mlp_norm", norm, states)
-        inner = builder.new("inner", size, width)
-        if gated:
-            builder.glu(normed, inner, activation)
-        else:
-            builder.linear("up", normed, inner, activation)
-        builder.linear("down", inner, states, residual=normed if residual_is_norm else states)
-
-    builder.chunk = free_chunk(builder, write)
-    in_chunks(builder, write)
-
-
 Write = Callable[[Builder, int, int], None]
 
 
@@ -242,14 +177,15 @@ def in_chunks(builder: Builder, write: Write) -> None:
         write(builder, at, size)
 
 
-def free_chunk(builder: Builder, write: Write) -> int:
-    """How many tokens at a time take no more memory than what was written so far does.
+def free_chunk(builder: Builder, write: Write, budget: int = 0) -> int:
+    """How many tokens at a time take no more memory than what was written so far does, or than the
+    budget in bytes, if that is more.
 
     Attention holds all keys and values, which MLP has no need of: weights are read less often.
-    Chunks are about equally long, and multiples of `_TILE`.
+    Chunks are about equally long, and multiples of `TILE`.
     """
     tokens, chunk = builder.shape.tokens, builder.chunk
-    if tokens <= chunk or chunk % _TILE:
+    if tokens <= chunk or chunk % TILE:
         return chunk
     one = replace(builder, shape=Shape(1, chunk), in_place=True, buffers={}, steps=[], quantised={})
     write(one, 0, chunk)
@@ -257,15 +193,15 @@ def free_chunk(builder: Builder, write: Write) -> int:
     row_bytes = plan(one.program()).lower_bound / chunk - _row_bytes(one, one.input)
     before = plan(builder.program())
     kept = sum(_row_bytes(builder, name) for name in {builder.input, builder.output})
-    most = (before.lower_bound - tokens * kept) / row_bytes
+    most = (max(before.lower_bound, budget) - tokens * kept) / row_bytes
     least = max(1, math.ceil(tokens / max(most, chunk)))
     for count in range(least, least + 3):
-        size = math.ceil(tokens / count / _TILE) * _TILE
+        size = math.ceil(tokens / count / TILE) * TILE
         trial = deepcopy(builder)
         trial.chunk = size
         in_chunks(trial, write)
         # The planner may have to leave gaps.
-        if size > chunk and plan(trial.program()).nbytes <= before.nbytes:
+        if size > chunk and plan(trial.program()).nbytes <= max(before.nbytes, budget):
             return size
     return chunk
 
@@ -273,41 +209,3 @@ def free_chunk(builder: Builder, write: Write) -> int:
 def _row_bytes(builder: Builder, name: str) -> int:
     buffer = builder.buffers[name]
     return buffer.nbytes // buffer.rows
-
-
-def _norm(builder: Builder, name: str, norm: Mapping[str, Value], x: Rows) -> Rows:
-    """A normalised copy. `norm` has the kernel's name and its epsilon."""
-    out = builder.new("normed", x.count, builder.hidden_size)
-    kernel = str(norm["kernel"])
-    weights = {"weight": f"{name}.weight"}
-    if kernel == "layer_norm":
-        weights["bias"] = f"{name}.bias"
-    builder.step(kernel, {"x": x}, {"out": out}, weights, {"eps": norm["eps"]})
-    return out
-
-
-def _attend(
-    builder: Builder, query: Rows, key: Rows, value: Rows, attention: Attention, start: int
-) -> Rows:
-    """Attention of a chunk of queries, from row `start` of the keys on, over the keys before."""
-    seq_len = builder.shape.seq_len
-    several = key.count > seq_len
-    # One sequence's chunk sees the keys up to its own last row; of several, each is whole.
-    seen = key.count if several else start + query.count
-    weights = {"slopes": "alibi.slopes"} if attention.positions == "alibi" else {}
-    out = builder.new("attended", query.count, attention.heads * attention.head_dim)
-    builder.step(
-        "attention",
-        {"query": query, "key": Rows(key.buffer, 0, seen), "value": Rows(value.buffer, 0, seen)},
-        {"out": out},
-        weights,
-        {
-            "sequences": key.count // seq_len if several else 1,
-            "heads": attention.heads,
-            "kv_heads": attention.kv_heads,
-            # Rounding to 8 bits is a step function: it would make much of a small difference.
-            "exact": builder.activation is not None,
-        },
-        (("query", "out"),),
-    )
-    return out

@@ -1,0 +1,22 @@
+"""The figure's layers, and narrow ones of their kind, as the engine has them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from memladder import formats, models
+from memladder.engine.compiler import layers
+from memladder.engine.packed_layer import Form
+from memladder.models import LayerConfig
+
+
+def narrow(model: str, **changes: Any) -> LayerConfig:
+    """The narrow layer, with other values in its `config.json`."""
+    definition = models.definition(model)
+    return LayerConfig(model, definition.read({**definition.NARROW, **changes}))
+
+
+def form(config: LayerConfig, cache_dir: Path, kind: str = "fp16") -> Form:
+    """The layer compiled from ONNX, all matrices in one format."""
+    return Form(layers.ensure(config, cache_dir).fused, formats.get(kind), {})
