@@ -85,7 +85,9 @@ LAYERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "diffllama": ("diffllama", WIDTHS),
 }
 # Spelled by the layer itself, for lack of another way.
-EAGER_ONLY = frozenset(("bloom", "bloom_6", "gemma2", "mpt", "falcon", "falcon_alibi", "xglm"))
+EAGER_ONLY = frozenset(
+    ("bloom", "bloom_6", "gemma2", "mpt", "falcon", "falcon_alibi", "xglm", "gptj")
+)
 # What the engine has no kernels for.
 UNSUPPORTED = frozenset(("apertus", "diffllama"))
 
