@@ -193,6 +193,19 @@ def test_hosts_of_a_gpu_may_differ_in_cores_and_are_told():
         ensure_one_machine(on_cpu)
 
 
+def test_builds_of_one_kernel_are_told_and_versions_refused():
+    def of(kernel):
+        machine = replace(MACHINE, kernel=kernel)
+        return record("vllm", environment=replace(ENVIRONMENT, machine=machine))
+
+    build = [of("6.1.0-18"), of("6.1.0-13")]
+    ensure_one_machine(build)
+    page = table.to_markdown_report(build, [])
+    assert "- System: Linux, 6.1.0-13 and 6.1.0-18" in page
+    with pytest.raises(UsageError, match=r"kernel '6\.1\.0-18' and '6\.1\.2-18'"):
+        ensure_one_machine([of("6.1.0-18"), of("6.1.2-18")])
+
+
 def test_records_of_two_machines_are_refused():
     other = replace(MACHINE, device="NVIDIA A100-80GB-PCIe", driver="535.1")
     records = [record(), record("vllm", environment=replace(ENVIRONMENT, machine=other))]

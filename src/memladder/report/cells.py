@@ -65,20 +65,23 @@ def ensure_one_machine(records: Sequence[Record]) -> None:
     """Raises UsageError, naming what differs, unless all records are of the same machine.
 
     A plan is a word on its own target, wherever it was made: planned records may be of another.
-    What a process takes on a GPU does not depend on how many cores its host has.
+    What a process takes on a GPU does not depend on how many cores its host has, and builds of one
+    version of a kernel (`6.1.0-13-amd64`, `6.1.0-18-amd64`) are taken for the same.
     """
     records = [record for record in records if record.plan is None]
     for record in records[1:]:
         first, other = records[0].environment.machine, record.environment.machine
-        names = [
+        names = {
             field.name
             for field in fields(first)
             if field.compare and getattr(first, field.name) != getattr(other, field.name)
-        ]
-        if "cpu" not in (records[0].case.device, record.case.device) and "cores" in names:
-            names.remove("cores")
+        }
+        if "cpu" not in (records[0].case.device, record.case.device):
+            names.discard("cores")
+        if first.kernel.partition("-")[0] == other.kernel.partition("-")[0]:
+            names.discard("kernel")
         if names:
-            parts = (f"{n} {getattr(first, n)!r} and {getattr(other, n)!r}" for n in names)
+            parts = (f"{n} {getattr(first, n)!r} and {getattr(other, n)!r}" for n in sorted(names))
             raise UsageError(
                 f"records of different machines, {records[0].case.id} and {record.case.id}: "
                 + "; ".join(parts)

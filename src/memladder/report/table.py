@@ -187,7 +187,7 @@ def _environment(records: Sequence[Record]) -> str:
         "Driver": machine.driver,
         "CUDA": machine.cuda,
         "Processor": f"{machine.cpu}, {sizes}",
-        "System": f"{machine.os}, {machine.kernel}",
+        "System": f"{machine.os}, {' and '.join(sorted({one.kernel for one in machines}))}",
         "Python": ", ".join(sorted({environment.python_label for environment in environments})),
         "memladder": ", ".join(sorted({environment.memladder for environment in environments})),
         "Packages": ", ".join(
