@@ -1,7 +1,7 @@
 # make setup      a virtual environment in .venv with what this machine can use
 # make reproduce  the published figure at once, then measure this machine and draw what it measured
 # make test       the tests that need no GPU        make test-gpu  those that need one
-# make test-slow  environments made from the package registry: minutes, gigabytes
+# make test-slow  what takes long: environments made from the package registry (gigabytes), more layers, GPUs and sizes
 # make check      formatting, lint, types, import order
 PYTHON ?= python3
 VENV := .venv
@@ -24,7 +24,7 @@ test: setup $(VENV)/.dev
 	$(BIN)/python -m pytest tests/cpu
 
 test-slow: setup $(VENV)/.dev
-	$(BIN)/python -m pytest -m slow tests/cpu
+	$(BIN)/python -m pytest -m slow tests/unit tests/cpu
 
 test-gpu: setup $(VENV)/.dev
 	$(BIN)/python -m pytest tests/gpu

@@ -12,12 +12,13 @@ import logging
 import shutil
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -90,6 +91,21 @@ EAGER_ONLY = frozenset(
 )
 # What the engine has no kernels for.
 UNSUPPORTED = frozenset(("apertus", "diffllama"))
+
+
+# Put together as others are: left to the slow tests.
+_ALIKE = frozenset(
+    (
+        *("bloom_6", "phi3", "granite", "helium", "glm", "glm4", "gpt_bigcode", "hunyuan"),
+        *("codegen", "xglm", "stablelm", "nemotron", "olmo2", "cohere", "mistral_full", "gemma3"),
+    )
+)
+
+
+def parameters(names: Iterable[str], *others: Any) -> list[Any]:
+    """Names of `LAYERS` for a test, and what follows each; some of them marked as slow."""
+    slow = [pytest.mark.slow]
+    return [pytest.param(name, *others, marks=slow if name in _ALIKE else []) for name in names]
 
 
 class Layer(nn.Module):

@@ -22,7 +22,9 @@ WEIGHTS = 2 * 855_654_400
 NORMS = 2 * 2 * 8192
 
 
-@pytest.mark.parametrize("framework", ["pytorch", "onnxruntime"])
+@pytest.mark.parametrize(
+    "framework", [pytest.param("pytorch", marks=pytest.mark.slow), "onnxruntime"]
+)
 def test_the_real_layer_is_measured_and_repeats_agree(framework: str, tmp_path: Path) -> None:
     done = subprocess.run(
         [

@@ -63,7 +63,7 @@ def run(
     return execution.output.cpu().view(states.shape).float(), len(found.program.steps)
 
 
-@pytest.mark.parametrize("name", LAUNCHES)
+@pytest.mark.parametrize("name", hf_layers.parameters(LAUNCHES))
 def test_the_compiled_layer_is_the_layer(name: str, tmp_path: Path) -> None:
     layer = hf_layers.exported(name)
     found, launches = run(layer.path, layer.given, tmp_path, Options("welder"))

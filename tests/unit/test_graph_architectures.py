@@ -19,8 +19,8 @@ pytestmark = pytest.mark.filterwarnings("default")
 # Spelled by the layer, or by PyTorch's attention: both for the main ones.
 _BOTH = ("llama", "gpt_neox", "opt", "mistral", "qwen2", "gemma", "qwen3", "olmo2")
 CASES = [
-    *((name, "") for name in hf_layers.LAYERS if name not in hf_layers.UNSUPPORTED),
-    *((name, "eager") for name in _BOTH),
+    *hf_layers.parameters(sorted(hf_layers.LAYERS.keys() - hf_layers.UNSUPPORTED), ""),
+    *hf_layers.parameters(_BOTH, "eager"),
 ]
 
 
