@@ -55,11 +55,16 @@ ROWS = [
 ]
 
 
-@pytest.mark.parametrize("model", ["llama", "bloom"])
 @pytest.mark.parametrize(("weight", "activation", "bound"), ROWS)
 # Few rows, and many. One row would take a minute a layer under the interpreter: its kernels are
 # compared alone.
-@pytest.mark.parametrize("shape", ["7x1", "1x70"])
+@pytest.mark.parametrize(
+    ("model", "shape"),
+    [
+        *(("llama", "7x1"), ("bloom", "7x1"), ("llama", "1x70")),
+        pytest.param("bloom", "1x70", marks=pytest.mark.slow),
+    ],
+)
 def test_the_layer(
     model: str, weight: str, activation: str, bound: float, shape: str, cache_dir: Path
 ) -> None:
