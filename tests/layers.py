@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from memladder import formats, models
+from memladder import formats, frameworks, models
 from memladder.engine.compiler import layers
 from memladder.engine.packed_layer import Form
+from memladder.frameworks.base import Job, Session
 from memladder.models import LayerConfig
 
 
@@ -20,3 +21,16 @@ def narrow(model: str, **changes: Any) -> LayerConfig:
 def form(config: LayerConfig, cache_dir: Path, kind: str = "fp16") -> Form:
     """The layer compiled from ONNX, all matrices in one format."""
     return Form(layers.ensure(config, cache_dir).fused, formats.get(kind), {})
+
+
+def started(job: Job) -> tuple[Session, list[str]]:
+    """A session that has run once, and what it announced."""
+    framework = frameworks.get(job.case.framework)
+    framework.prepare(job)
+    announced: list[str] = []
+    session = framework.session(job, announced.append)
+    session.context()
+    session.weights()
+    session.compile()
+    session.run()
+    return session, announced

@@ -5,35 +5,33 @@ stdout carries results only; progress, warnings and hints go to stderr.
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
 from memladder import frameworks, models
 from memladder.case import FIGURE_MODELS, Case
-from memladder.errors import FormatError, UnavailableError, UsageError
+from memladder.errors import UnavailableError, UsageError
 from memladder.files import writable_folder, write_atomic
 from memladder.frameworks.base import Job
 from memladder.measure import environment, runner
 from memladder.measure.record import Record, Status, Verification
-from memladder.models import LayerConfig, cache
+from memladder.models import LayerConfig
 from memladder.models.cache import default_dir
 from memladder.sweep import cases as sweep_cases
 from memladder.sweep import local, store
 from memladder.units import format_bytes, mib
 
 if TYPE_CHECKING:
-    from memladder.engine.packing import MatrixReport, Progress
+    from memladder.engine.packing import Progress
 
 _WIDTH = 120
 # Ended as the protocol foresees; anything else is a failure of the run.
@@ -82,7 +80,7 @@ class Request:
         )
 
 
-def _console(stderr: bool = False) -> Console:
+def plain_console(stderr: bool = False) -> Console:
     """A console that prints text as it is: `memladder[pytorch]` is no markup.
 
     Where nobody's terminal sets the width, tables have room for their numbers.
@@ -206,7 +204,7 @@ def _measure_one(job: Job, options: local.Options, kept: store.Store) -> Record:
     name = job.case.framework
     if name not in frameworks.names():
         return runner.unavailable(job.case, sweep_cases.availability(name, job.case.device))
-    console = _console(stderr=True)
+    console = plain_console(stderr=True)
     with console.status("starting") as status:
         return runner.measure(
             job,
@@ -241,7 +239,7 @@ def sweep(request: Request) -> int:
     runnable, missing = _split(names, device)
     cases = sweep_cases.select(configs, runnable, shapes, device)
     kept = store.Store(request.log)
-    console = _console(stderr=True)
+    console = plain_console(stderr=True)
     with kept.locked():
         for folder in ("png", "pdf"):
             writable_folder(request.output_dir / folder)
@@ -283,7 +281,7 @@ def verify(request: Request) -> int:
     runnable, missing = _split(names, device)
     planned = [name for name in runnable if sweep_cases.availability(name, device).plans]
     runnable = [name for name in runnable if name not in planned]
-    console = _console(stderr=True)
+    console = plain_console(stderr=True)
     _tell_missing([*missing, *planned], device, console)
     if not runnable:
         raise UsageError(f"none of the frameworks {', '.join(names)} can run on {device} here")
@@ -324,7 +322,7 @@ def verify(request: Request) -> int:
     for one in (table, structure):
         one.columns[0].no_wrap = True
         if one.row_count:
-            _console().print(one)
+            plain_console().print(one)
     return 0 if agree else 1
 
 
@@ -335,7 +333,7 @@ def tune(request: Request) -> int:
         raise UsageError("tune measures a GPU's kernels; --device cpu has none")
     names = sweep_cases.parse_frameworks(request.frameworks)
     runnable, missing = _split([name for name in names if name.startswith("ladder")], device)
-    _tell_missing(missing, device, _console(stderr=True))
+    _tell_missing(missing, device, plain_console(stderr=True))
     if not runnable:
         raise UsageError(f"none of {', '.join(names)} is a Ladder that can run on {device} here")
     import torch
@@ -388,7 +386,7 @@ def show_frameworks(device: str) -> None:
             found.reason or "",
             found.install or "",
         )
-    _console().print(table)
+    plain_console().print(table)
 
 
 def show_record(path: Path) -> None:
@@ -398,7 +396,7 @@ def show_record(path: Path) -> None:
     contents = store.read(path)
     if path.is_dir() or len(contents.records) != 1:
         raise UsageError(f"{path} is not one record; `memladder table {path}` prints many")
-    show.print_record(contents.records[0], _console())
+    show.print_record(contents.records[0], plain_console())
 
 
 def print_table(path: Path, form: str) -> None:
@@ -433,7 +431,7 @@ def doctor() -> int:
     for finding in found:
         style = None if finding.good else "yellow"
         table.add_row(finding.subject, finding.text, finding.fix or "", style=style)
-    _console().print(table)
+    plain_console().print(table)
     return 0 if all(finding.good for finding in found) else 1
 
 
@@ -456,7 +454,7 @@ def calibrate(device: str, output_dir: Path) -> int:
                 format_bytes(reading.bound_bytes),
                 "yes" if reading.holds else "NO",
             )
-    _console().print(table)
+    plain_console().print(table)
     return 0 if holds else 1
 
 
@@ -465,65 +463,6 @@ def _read_store(path: Path) -> store.Contents:
     for name, reason in contents.foreign.items():
         print(f"warning: {name} is not a record of memladder ({reason}); left out", file=sys.stderr)
     return contents
-
-
-def quantize(folder: Path, number: int, text: str, out: Path) -> None:
-    """Pack a checkpoint's layer in a format; print, and keep, what each matrix takes and loses."""
-    # transformers has more to say about positions than the one line of an error.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    with needed("quantize", "ladder"):
-        from memladder import formats
-        from memladder.engine import checkpoint, packing
-        from memladder.engine.compiler import layers
-        from memladder.engine.packed_layer import Form
-
-    kind = formats.get(text)
-    if not kind.is_weight:
-        raise FormatError(f"format {kind} is for activations, not for weights")
-    layer = checkpoint.open_layer(folder, number)
-    config = layer.config
-    key = str(kind).partition(":")[0]
-    path = out / f"{config.model}-layer{number}-{key}.safetensors"
-    summary = path.with_suffix(".json")
-    writable_folder(out)
-    for name in (path, summary):
-        _refuse_existing(name)
-    with needed("quantize", "ladder"):
-        compiled = layers.ensure_apart(config, cache.default_dir())
-    nbytes = Form(compiled.fused, kind, {}).nbytes
-    cache.require_space(out, nbytes, "folder", "choose an --out on a larger disk")
-    try:
-        with _new_file(path) as part, progress_bar(f"{config.model} layer {number}") as progress:
-            reports = packing.pack(
-                compiled, kind, layer.rows(), part, judge=True, progress=progress
-            )
-    except OSError as error:
-        raise UsageError(f"cannot write {path}: {error.strerror or error}") from None
-    signal, noise = sum(x.signal for x in reports), sum(x.noise for x in reports)
-    parameters = models.parameters(config)
-    found = {
-        "model": config.model,
-        "layer": number,
-        "format": str(kind),
-        "file": path.name,
-        "file_bytes": path.stat().st_size,
-        "parameters": parameters,
-        "matrices": [_matrix(report) for report in reports],
-        # Norms, biases and positions, which are kept as they are.
-        "vectors": {"bytes": nbytes - sum(report.nbytes for report in reports)},
-        "total": {
-            "bytes": nbytes,
-            "bits_per_weight": 8 * nbytes / parameters,
-            "sqnr_db": _finite(packing.decibels(signal, noise)),
-        },
-    }
-    try:
-        write_atomic(summary, json.dumps(found, indent=1, allow_nan=False) + "\n")
-    except BaseException:
-        path.unlink()
-        raise
-    _console().print(_quantised_table(found))
-    print(f"{path}\n{summary}")
 
 
 @contextmanager
@@ -537,66 +476,12 @@ def needed(command: str, extra: str) -> Iterator[None]:
         ) from None
 
 
-def _matrix(report: MatrixReport) -> dict[str, Any]:
-    return {
-        "name": report.name,
-        "rows": report.rows,
-        "columns": report.columns,
-        "bytes": report.nbytes,
-        "bits_per_weight": report.bits_per_weight,
-        "sqnr_db": _finite(report.sqnr_db),
-    }
-
-
-def _finite(number: float) -> float | None:
-    """JSON has no infinity: what lost nothing has None."""
-    return number if math.isfinite(number) else None
-
-
-def _quantised_table(found: Mapping[str, Any]) -> Table:
-    table = Table("matrix", "shape")
-    for title in ("MiB", "bits/weight", "SQNR dB"):
-        table.add_column(title, justify="right")
-
-    def add(name: str, shape: str, row: Mapping[str, Any]) -> None:
-        sqnr = "exact" if row["sqnr_db"] is None else f"{row['sqnr_db']:.2f}"
-        table.add_row(name, shape, _mib(row), f"{row['bits_per_weight']:.3f}", sqnr)
-
-    for row in found["matrices"]:
-        add(row["name"], f"{row['rows']} × {row['columns']}", row)
-    table.add_row("vectors", "", _mib(found["vectors"]), end_section=True)
-    add("total", "", found["total"])
-    return table
-
-
-def _mib(row: Mapping[str, Any]) -> str:
-    return f"{mib(row['bytes']):,.3f}"
-
-
-def _refuse_existing(path: Path) -> None:
-    if path.exists():
-        raise UsageError(f"{path} is there already; remove it, or choose another --out")
-
-
-@contextmanager
-def _new_file(path: Path) -> Iterator[Path]:
-    """A name to write to; it becomes `path` when all went well, and is removed otherwise."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        yield part
-        # Another process may have been quicker.
-        _refuse_existing(path)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
 @contextmanager
 def progress_bar(what: str) -> Iterator[Progress]:
     """A bar with the time that is left, where stderr is a terminal; it goes away afterwards."""
     from rich.progress import Progress as Bar
 
-    console = _console(stderr=True)
+    console = plain_console(stderr=True)
     with Bar(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(what)
         yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -308,9 +308,9 @@ def quantize(
     ] = "int4",
 ) -> None:
     """Pack a layer of a local checkpoint in a number format."""
-    from memladder import actions
+    from memladder import quantizing
 
-    actions.quantize(checkpoint, _count("layer", layer, MAX_LAYER, least=0), form, out)
+    quantizing.quantize(checkpoint, _count("layer", layer, MAX_LAYER, least=0), form, out)
 
 
 @app.command("compile")

@@ -20,6 +20,7 @@ from memladder.models.cache import default_dir
 from memladder.report import floor
 from memladder.sweep import store
 from memladder.units import MIB
+from tests import layers
 
 ROOT = Path(__file__).parents[2]
 FIGURE = [name for name in FIGURE_SYSTEMS if name.startswith("ladder")]
@@ -43,13 +44,7 @@ pytestmark = pytest.mark.filterwarnings("default")
 def started(framework: str, model: str, shape: Shape, cache_dir: Path) -> tuple[Job, Session]:
     """A session of a narrow layer that has run once."""
     job = Job(Case(model, framework, shape, "cpu"), models.narrow_config(model), cache_dir)
-    found = frameworks.get(framework)
-    found.prepare(job)
-    session = found.session(job, [].append)
-    session.context()
-    session.weights()
-    session.compile()
-    session.run()
+    session, _ = layers.started(job)
     return job, session
 
 

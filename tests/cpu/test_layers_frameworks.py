@@ -13,16 +13,12 @@ import pytest
 
 from memladder import frameworks, models
 from memladder.case import Case, Shape
-from memladder.frameworks.base import Job, Session
+from memladder.frameworks.base import Job
 from memladder.models import onnx_export, reference, weights
+from tests.layers import started
 
 # torch and its exporter warn about their own code.
 pytestmark = pytest.mark.filterwarnings("default")
-
-
-@pytest.fixture(scope="module")
-def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
 
 
 def narrow_job(framework: str, model: str, shape: Shape, cache_dir: Path) -> Job:
@@ -30,24 +26,11 @@ def narrow_job(framework: str, model: str, shape: Shape, cache_dir: Path) -> Job
     return Job(case, models.narrow_config(model), cache_dir)
 
 
-def run(job: Job) -> tuple[Session, list[str]]:
-    """All of a session's phases, and what it announced."""
-    framework = frameworks.get(job.case.framework)
-    framework.prepare(job)
-    announced: list[str] = []
-    session = framework.session(job, announced.append)
-    session.context()
-    session.weights()
-    session.compile()
-    session.run()
-    return session, announced
-
-
 @pytest.mark.parametrize("model", ["llama", "bloom"])
 @pytest.mark.parametrize("framework", ["pytorch", "onnxruntime"])
 def test_the_layer_is_computed_right(framework: str, model: str, cache_dir: Path) -> None:
     job = narrow_job(framework, model, Shape(2, 17), cache_dir)
-    session, announced = run(job)
+    session, announced = started(job)
     path = weights.ensure(job.config, cache_dir, 0)
     expected = reference.output(job.config, path, job.case.shape, 0)
     found = session.output()
@@ -64,7 +47,7 @@ def test_the_layer_is_computed_right(framework: str, model: str, cache_dir: Path
 @pytest.mark.parametrize("model", ["llama", "bloom"])
 def test_weights_are_counted_in_what_the_session_holds(model: str, cache_dir: Path) -> None:
     job = narrow_job("onnxruntime", model, Shape(1, 1), cache_dir)
-    session, _ = run(job)
+    session, _ = started(job)
     width = {"float16": 2, "float32": 4}[str(session.settings()["matrix_dtype"])]
     norms = sum(
         math.prod(shape)

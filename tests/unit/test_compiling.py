@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import ast
 import re
-import signal
-import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
 from onnx import TensorProto
 
-from memladder import cli, load_layer, models
+from memladder import load_layer, models
 from memladder.case import Shape
 from memladder.errors import UsageError
 from memladder.models import onnx_export
+from tests.unit.command import Command, Done
 from tests.unit.onnx_models import save
 
 ROOT = Path(__file__).parents[2]
@@ -27,34 +24,6 @@ pytestmark = pytest.mark.filterwarnings("default")
 
 MATRIX = np.random.default_rng(0).normal(size=(8, 8)).astype(np.float16)
 NODES = [("MatMul", ("x", "w"), "m"), ("Relu", "m", "r"), ("Add", ("r", "x"), "y")]
-
-
-class Done(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Command = Callable[..., Done]
-
-
-@pytest.fixture
-def memladder(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> Iterator[Command]:
-    """The command line within this process, in `tmp_path`."""
-    monkeypatch.chdir(tmp_path)
-    handlers = {name: signal.getsignal(name) for name in (signal.SIGTERM, signal.SIGHUP)}
-
-    def run(*arguments: str | Path) -> Done:
-        monkeypatch.setattr(sys, "argv", ["memladder", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        return Done(int(ended.value.code or 0), *capsys.readouterr())
-
-    yield run
-    for name, handler in handlers.items():
-        signal.signal(name, handler)
 
 
 @pytest.fixture

@@ -9,10 +9,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,12 +20,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from memladder import actions, cli, formats, models
+from memladder import formats, models, quantizing
 from memladder.engine import checkpoint, packed_layer, packing
 from memladder.engine.compiler import layers
 from memladder.errors import MemladderError, UsageError
 from memladder.formats.int8 import Int8
 from memladder.models import cache
+from tests.unit.command import Command, Done
 
 ROOT = Path(__file__).parents[2]
 # Shapes that fill neither groups nor tiles: 192 and 200 columns, 96 and 200 rows.
@@ -109,36 +110,6 @@ def write_index(folder: Path, weight_map: Any) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-class Done(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Command = Callable[..., Done]
-
-
-@pytest.fixture
-def memladder(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> Iterator[Command]:
-    """The command line within this process: importing torch for each case would take minutes."""
-    monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "error")
-    monkeypatch.chdir(tmp_path)
-    handlers = {name: signal.getsignal(name) for name in (signal.SIGTERM, signal.SIGHUP)}
-
-    def run(*arguments: str | Path) -> Done:
-        monkeypatch.setattr(sys, "argv", ["memladder", "quantize", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        return Done(int(ended.value.code or 0), *capsys.readouterr())
-
-    yield run
-    for name, handler in handlers.items():
-        signal.signal(name, handler)
-
-
 def expected(model: str, tensors: Weights, prefix: str) -> dict[str, np.ndarray]:
     """The engine's matrices in float64, by a reading of the published layouts of its own."""
     if model == "llama":
@@ -180,7 +151,7 @@ def test_a_layer_is_packed_and_judged(memladder: Command, tmp_path: Path, name: 
     for layer in (1, 10):
         tensors |= weights(config, prefix.format(layer), dtype, seed=layer)
     folder = write_checkpoint(tmp_path / "checkpoint", config, tensors)
-    done = memladder(folder, "--layer", "1", "--out", "out")
+    done = memladder("quantize", folder, "--layer", "1", "--out", "out")
     assert (done.code, done.err) == (0, "")
     path = tmp_path / f"out/{model}-layer1-int4.safetensors"
     summary = path.with_suffix(".json")
@@ -230,7 +201,7 @@ def test_a_layer_is_packed_and_judged(memladder: Command, tmp_path: Path, name: 
 
 
 def test_fp16_of_an_fp16_checkpoint_is_exact(memladder: Command, bloom: Path) -> None:
-    done = memladder(bloom, "--format", "fp16", "--out", "out")
+    done = memladder("quantize", bloom, "--format", "fp16", "--out", "out")
     assert (done.code, done.err) == (0, "")
     assert done.out.count(" exact ") == 7
     found = json.loads(Path("out/bloom-layer0-fp16.json").read_text())
@@ -244,7 +215,7 @@ def test_fp16_of_an_fp16_checkpoint_is_exact(memladder: Command, bloom: Path) ->
 
 @pytest.mark.parametrize("text", ["nf4", "mxfp4", "int8", "fp8:element=e5m2", "int4:group_size=64"])
 def test_other_formats_and_parameters(memladder: Command, bloom: Path, text: str) -> None:
-    done = memladder(bloom, "--format", text, "--out", "out")
+    done = memladder("quantize", bloom, "--format", text, "--out", "out")
     assert (done.code, done.err) == (0, "")
     path = Path(f"out/bloom-layer0-{text.partition(':')[0]}.safetensors")
     assert str(packed_layer.load(path).form.format) == text
@@ -254,21 +225,21 @@ def test_other_formats_and_parameters(memladder: Command, bloom: Path, text: str
 def test_a_single_file_of_any_name(memladder: Command, tmp_path: Path) -> None:
     tensors = weights(BLOOM, "h.0.", torch.float16)
     folder = write(tmp_path / "c", BLOOM, tensors, "weights.fp16.safetensors")
-    assert memladder(folder, "--out", "out").code == 0
+    assert memladder("quantize", folder, "--out", "out").code == 0
 
 
 def test_a_checkpoint_may_be_made_of_links(memladder: Command, tmp_path: Path, bloom: Path) -> None:
     (tmp_path / "snapshot").mkdir()
     for path in bloom.iterdir():
         (tmp_path / "snapshot" / path.name).symlink_to(path)
-    assert memladder("snapshot", "--out", "out").code == 0
+    assert memladder("quantize", "snapshot", "--out", "out").code == 0
 
 
 def test_buffers_of_old_checkpoints_do_not_disturb(memladder: Command, tmp_path: Path) -> None:
     prefix = "model.layers.0."
     tensors = weights(LLAMA, prefix, torch.float16)
     tensors[f"{prefix}self_attn.rotary_emb.inv_freq"] = torch.ones(24)
-    assert memladder(write(tmp_path / "c", LLAMA, tensors), "--out", "out").code == 0
+    assert memladder("quantize", write(tmp_path / "c", LLAMA, tensors), "--out", "out").code == 0
 
 
 @pytest.fixture
@@ -422,7 +393,7 @@ def refused(done: Done, said: str) -> None:
 def test_bad_checkpoints_are_one_line(memladder: Command, bloom: Path, name: str) -> None:
     damage, said = BAD_CHECKPOINTS[name]
     damage(bloom)
-    refused(memladder("bloom", "--out", "out"), said)
+    refused(memladder("quantize", "bloom", "--out", "out"), said)
 
 
 BAD_ARGUMENTS = [
@@ -450,7 +421,7 @@ def test_bad_arguments_are_one_line(
     memladder: Command, bloom: Path, arguments: list[str], said: str
 ) -> None:
     (bloom.parent / "file").write_text("no folder")
-    refused(memladder(*arguments), said)
+    refused(memladder("quantize", *arguments), said)
     assert (bloom.parent / "file").read_text() == "no folder"
 
 
@@ -488,20 +459,23 @@ def test_formats_of_activations_alone_are_refused(
     memladder: Command, bloom: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Int8, "is_weight", False)
-    refused(memladder("bloom", "--format", "int8", "--out", "out"), "int8 is for activations")
+    refused(
+        memladder("quantize", "bloom", "--format", "int8", "--out", "out"),
+        "int8 is for activations",
+    )
 
 
 def test_nothing_is_overwritten(memladder: Command, bloom: Path) -> None:
-    assert memladder("bloom", "--out", "out").code == 0
+    assert memladder("quantize", "bloom", "--out", "out").code == 0
     for name in ("bloom-layer0-int4.safetensors", "bloom-layer0-int4.json"):
         content = {path: path.read_bytes() for path in Path("out").iterdir()}
-        done = memladder("bloom", "--out", "out")
+        done = memladder("quantize", "bloom", "--out", "out")
         assert (done.code, done.out) == (2, "")
         assert f"out/{name} is there already" in done.err
         assert done.err.count("\n") == 1
         assert {path: path.read_bytes() for path in Path("out").iterdir()} == content
         (Path("out") / name).unlink()
-    assert memladder("bloom", "--out", "out").code == 0
+    assert memladder("quantize", "bloom", "--out", "out").code == 0
 
 
 def on_reading(monkeypatch: pytest.MonkeyPatch, action: Callable[[], object]) -> None:
@@ -529,7 +503,7 @@ def test_another_process_that_was_quicker_is_not_overwritten(
 ) -> None:
     path = Path("out/bloom-layer0-int4.safetensors")
     on_reading(monkeypatch, lambda: path.write_text("theirs"))
-    done = memladder("bloom", "--out", "out")
+    done = memladder("quantize", "bloom", "--out", "out")
     assert (done.code, done.out) == (2, "")
     assert f"{path} is there already" in done.err
     assert [(p, p.read_text()) for p in Path("out").iterdir()] == [(path, "theirs")]
@@ -539,7 +513,7 @@ def test_an_interrupt_leaves_nothing(
     memladder: Command, bloom: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     on_reading(monkeypatch, lambda: signal.raise_signal(signal.SIGTERM))
-    done = memladder("bloom", "--out", "out")
+    done = memladder("quantize", "bloom", "--out", "out")
     assert (done.code, done.out) == (130, "")
     assert done.err.count("\n") == 1
     assert list(Path("out").iterdir()) == []
@@ -549,14 +523,14 @@ def test_a_file_that_vanishes_meanwhile_is_one_line(
     memladder: Command, bloom: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     on_reading(monkeypatch, (bloom / SAFETENSORS).unlink)
-    refused(memladder("bloom", "--out", "out"), "bloom/model.safetensors: no such file")
+    refused(memladder("quantize", "bloom", "--out", "out"), "bloom/model.safetensors: no such file")
 
 
 def test_a_disk_that_is_too_small_is_known_before(
     memladder: Command, bloom: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cache.shutil, "disk_usage", lambda _: SimpleNamespace(free=3 << 20))
-    done = memladder("bloom", "--out", "out")
+    done = memladder("quantize", "bloom", "--out", "out")
     refused(done, "folder out needs 0.3 MiB, only 3.0 MiB free; choose an --out on a larger disk")
     assert "MEMLADDER_CACHE" not in done.err
 
@@ -568,7 +542,7 @@ def test_a_disk_that_fills_up_leaves_nothing(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(packing.os, "fsync", full)
-    refused(memladder("bloom", "--out", "out"), "safetensors: No space left on device")
+    refused(memladder("quantize", "bloom", "--out", "out"), "safetensors: No space left on device")
 
 
 def test_no_packed_file_without_its_summary(
@@ -577,8 +551,8 @@ def test_no_packed_file_without_its_summary(
     def full(path: Path, _: str) -> None:
         raise UsageError(f"cannot write {path}: No space left on device")
 
-    monkeypatch.setattr(actions, "write_atomic", full)
-    refused(memladder("bloom", "--out", "out"), "int4.json: No space left on device")
+    monkeypatch.setattr(quantizing, "write_atomic", full)
+    refused(memladder("quantize", "bloom", "--out", "out"), "int4.json: No space left on device")
 
 
 # A layer of 294 MiB, all zeros, which the file system does not store.
@@ -629,7 +603,9 @@ def peak(code: str, *arguments: str | Path) -> int:
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peaks are read from /proc")
 def test_memory_stays_below_the_result_and_256_mib(large: Path, tmp_path: Path) -> None:
     modules = "checkpoint, packed_layer, packing"
-    before = peak(f"from memladder import actions, formats; from memladder.engine import {modules}")
+    before = peak(
+        f"from memladder import formats, quantizing; from memladder.engine import {modules}"
+    )
     code = "from memladder.cli import main\ntry: main()\nexcept SystemExit as e: assert not e.code"
     whole = peak(code, "quantize", large, "--format", "int1", "--out", tmp_path)
     result = (tmp_path / "bloom-layer0-int1.safetensors").stat().st_size

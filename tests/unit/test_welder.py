@@ -10,6 +10,7 @@ from memladder import frameworks, models
 from memladder.case import Case, Shape
 from memladder.frameworks.base import Job, Session
 from memladder.models import reference, weights
+from tests import layers
 
 # transformers and the exporter warn about their own code.
 pytestmark = pytest.mark.filterwarnings("default")
@@ -18,13 +19,7 @@ pytestmark = pytest.mark.filterwarnings("default")
 def started(model: str, shape: Shape, cache_dir: Path) -> tuple[Job, Session]:
     """A session of a narrow layer that has run once."""
     job = Job(Case(model, "welder", shape, "cpu"), models.narrow_config(model), cache_dir)
-    found = frameworks.get("welder")
-    found.prepare(job)
-    session = found.session(job, [].append)
-    session.context()
-    session.weights()
-    session.compile()
-    session.run()
+    session, _ = layers.started(job)
     return job, session
 
 

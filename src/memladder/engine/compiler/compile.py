@@ -21,6 +21,7 @@ from memladder.errors import UsageError
 from memladder.formats.base import Format
 
 ENGINES = ("welder", "ladder")
+_MOST_CHUNKS = 64
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,3 @@ def _chunks(tokens: int) -> list[int]:
     evenly, and what is shorter than a tile. Those below 16 read all weights for a few tokens."""
     whole = {math.ceil(tokens / count / TILE) * TILE for count in range(1, _MOST_CHUNKS + 1)}
     return sorted(whole | {TILE >> i for i in range(4)}, reverse=True)
-
-
-_MOST_CHUNKS = 64

@@ -34,6 +34,8 @@ from memladder.serial import from_json, to_json
 _RECIPE = "1"
 # Several sequences of several tokens, so that nothing of the layer is left out.
 _SHAPE = Shape(2, 65)
+# float32 holds all whole numbers up to this one.
+_MOST = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -143,10 +145,6 @@ def _numbered(config: LayerConfig) -> dict[str, np.ndarray]:
     if count > _MOST:
         raise FormatError(f"norms and biases of {count} numbers: {_MOST} are the most")
     return found
-
-
-# float32 holds all whole numbers up to this one.
-_MOST = 1 << 24
 
 
 def _sources(parameters: Parameters, config: LayerConfig) -> dict[str, Source]:

@@ -69,6 +69,29 @@ def _dot4(bits, some, sums, PTX: tl.constexpr):
 
 
 @triton.jit
+def _bits(word, x, at, units, ones, twos, fours, eights, total, PTX: tl.constexpr,
+          EVEN: tl.constexpr):  # fmt: skip
+    """The 32 bits of a word times numbers of x: four at once, where they lie in their bytes. Their
+    sums then are 1, 2, 4 or 8 times as large, and a shift serves four of them. And the sum of x."""
+    for half in tl.static_range(2):
+        bits = word >> 4 * half
+        here = at + 16 * half
+        some = _units(x, here, units, EVEN)
+        ones = _dot4(bits & 0x01010101, some, ones, PTX)
+        total = _dot4(0x01010101, some, total, PTX)
+        some = _units(x, here + 4, units, EVEN)
+        twos = _dot4(bits & 0x02020202, some, twos, PTX)
+        total = _dot4(0x01010101, some, total, PTX)
+        some = _units(x, here + 8, units, EVEN)
+        fours = _dot4(bits & 0x04040404, some, fours, PTX)
+        total = _dot4(0x01010101, some, total, PTX)
+        some = _units(x, here + 12, units, EVEN)
+        eights = _dot4(bits & 0x08080808, some, eights, PTX)
+        total = _dot4(0x01010101, some, total, PTX)
+    return ones, twos, fours, eights, total
+
+
+@triton.jit
 def _dot(word, x, at, units, sums, BITS: tl.constexpr, PAIRS: tl.constexpr, LANES: tl.constexpr,
          INTERLEAVED: tl.constexpr, NUMBERS: tl.constexpr, STEP: tl.constexpr,
          OFFSET: tl.constexpr, PTX: tl.constexpr, EVEN: tl.constexpr):  # fmt: skip
@@ -239,33 +262,13 @@ def _words(x, x_scales, residual, weight0, scales0, bias0, out0, N0, weight1, sc
             sums = tl.zeros((4, 8, TILES, BLOCKS), tl.float32)
             zeros = tl.zeros_like(nought)
             products = (zeros, zeros, zeros, zeros)
+            four = (word0, word1, word2, word3)
             for number in tl.static_range(4):
-                if number == 0:
-                    word = word0
-                elif number == 1:
-                    word = word1
-                elif number == 2:
-                    word = word2
-                else:
-                    word = word3
+                word = four[number]
                 if INTEGER:
-                    # Four bits times four numbers at once, where they lie in their bytes: their
-                    # sums then are 1, 2, 4 or 8 times as large, and a shift serves four of them.
-                    for half in tl.static_range(2):
-                        bits = word >> 4 * half
-                        here = first + (number * 8 + 4 * half) * 4
-                        some = _units(x, here, units, EVEN)
-                        acc = _dot4(bits & 0x01010101, some, acc, PTX)
-                        total = _dot4(0x01010101, some, total, PTX)
-                        some = _units(x, here + 4, units, EVEN)
-                        twos = _dot4(bits & 0x02020202, some, twos, PTX)
-                        total = _dot4(0x01010101, some, total, PTX)
-                        some = _units(x, here + 8, units, EVEN)
-                        fours = _dot4(bits & 0x04040404, some, fours, PTX)
-                        total = _dot4(0x01010101, some, total, PTX)
-                        some = _units(x, here + 12, units, EVEN)
-                        eights = _dot4(bits & 0x08080808, some, eights, PTX)
-                        total = _dot4(0x01010101, some, total, PTX)
+                    acc, twos, fours, eights, total = _bits(
+                        word, x, first + 32 * number, units, acc, twos, fours, eights, total, PTX,
+                        EVEN)  # fmt: skip
                 else:
                     here = first + number * (4 * PAIRS)
                     if CORES:
