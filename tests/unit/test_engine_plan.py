@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -500,6 +501,41 @@ def test_a_figures_layer_has_its_floor(
     # No more than eight buffers live at once.
     assert tight <= found.nbytes <= tight + 8 * ALIGNMENT
     assert found.nbytes <= loose + 8 * ALIGNMENT
+
+
+@pytest.mark.parametrize(
+    ("model", "activation", "ahead", "after"),
+    [
+        # Beside keys and values attention needs a norm and a query of 512 rows: where these lie,
+        # the norm of 1024 has room before. LLaMA's MLP needs more, and gets no more than 512.
+        ("llama", None, 4, 8),
+        # MLP has room for 28 MiB and what keys and values leave, 224: 1408 rows of 140 KiB.
+        ("bloom", None, 4, 3),
+        # Codes lie beside the norm and beside the query alike.
+        ("llama", "int8", 8, 8),
+        ("bloom", "int8", 8, 3),
+    ],
+)
+def test_how_often_a_figures_layer_reads_its_weights(
+    model: str, activation: str | None, ahead: int, after: int, cache_dir: Path
+) -> None:
+    form = layers.form(models.layer_config(model), cache_dir)
+    program = form.program(Shape(1, 4096), formats.get(activation) if activation else None)
+    read = Counter(name for step in program.steps for name in step.weights.values())
+    expected = {"query": 8, "key": ahead, "value": ahead, "output": 8, "up": after, "down": after}
+    assert {name: read[name] for name in expected} == expected
+
+
+def test_a_budget_is_for_keys_and_values_too(cache_dir: Path) -> None:
+    form = layers.form(models.layer_config("bloom"), cache_dir)
+    # Four sequences: their states, one's keys and values, and the norm of 4096 rows or of 2048.
+    sizes = {2048: (4 + 2 + 0.5) * 112 * MIB, 4096: (4 + 2 + 1) * 112 * MIB}
+    for rows, budget in sizes.items():
+        for spare, found in ((0, rows), (-1, rows // 2)):
+            program = form.program(Shape(4, 4096), budget=int(budget) + 8 * ALIGNMENT * spare)
+            (most,) = {step.writes["key"].count for step in program.steps if "key" in step.writes}
+            assert most == found
+            assert plan(program).nbytes <= budget
 
 
 @pytest.mark.parametrize("in_place", [True, False])

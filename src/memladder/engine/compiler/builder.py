@@ -163,10 +163,11 @@ class Builder:
         for start in range(0, self.shape.batch_size, step):
             yield start, min(step, self.shape.batch_size - start)
 
-    def chunks(self, start: int, count: int) -> Iterator[tuple[int, int]]:
-        """Rows start … start + count − 1, a chunk at a time."""
-        for first in range(start, start + count, self.chunk):
-            yield first, min(self.chunk, start + count - first)
+    def chunks(self, start: int, count: int, size: int = 0) -> Iterator[tuple[int, int]]:
+        """Rows start … start + count − 1, a chunk at a time, or `size`."""
+        size = size or self.chunk
+        for first in range(start, start + count, size):
+            yield first, min(size, start + count - first)
 
 
 Write = Callable[[Builder, int, int], None]
@@ -175,6 +176,34 @@ Write = Callable[[Builder, int, int], None]
 def in_chunks(builder: Builder, write: Write) -> None:
     for at, size in builder.chunks(0, builder.shape.tokens):
         write(builder, at, size)
+
+
+def ahead_chunk(builder: Builder, attend: Callable[[Builder, int], None], budget: int = 0) -> int:
+    """How many tokens' keys and values at a time take no more memory than attention does, or than
+    the budget in bytes, if that is more: a chunk, or twice as many, or four times …
+
+    Queries and what attention gives are not there yet; an output of its own is not either, but its
+    place is left alone, as the planner would have to leave gaps. `attend` writes all sequences up
+    to and with attention, given that number.
+    """
+    shape, size = builder.shape, builder.chunk
+    seq_len = shape.seq_len
+    one = replace(
+        builder, shape=Shape(1, seq_len), in_place=True, buffers={}, steps=[], quantised={}
+    )
+
+    def nbytes(ahead: int) -> int:
+        trial = deepcopy(one)
+        attend(trial, ahead)
+        return plan(trial.program()).nbytes
+
+    if seq_len <= size or size % TILE:
+        return size
+    others = shape.tokens * _kept(builder) - seq_len * _kept(one)
+    most = max(nbytes(size), budget - others)
+    while size < seq_len and nbytes(2 * size) <= most:
+        size *= 2
+    return size
 
 
 def free_chunk(builder: Builder, write: Write, budget: int = 0) -> int:
@@ -192,8 +221,7 @@ def free_chunk(builder: Builder, write: Write, budget: int = 0) -> int:
     # The states' own rows are there in any case.
     row_bytes = plan(one.program()).lower_bound / chunk - _row_bytes(one, one.input)
     before = plan(builder.program())
-    kept = sum(_row_bytes(builder, name) for name in {builder.input, builder.output})
-    most = (max(before.lower_bound, budget) - tokens * kept) / row_bytes
+    most = (max(before.lower_bound, budget) - tokens * _kept(builder)) / row_bytes
     least = max(1, math.ceil(tokens / max(most, chunk)))
     for count in range(least, least + 3):
         size = math.ceil(tokens / count / TILE) * TILE
@@ -204,6 +232,11 @@ def free_chunk(builder: Builder, write: Write, budget: int = 0) -> int:
         if size > chunk and plan(trial.program()).nbytes <= max(before.nbytes, budget):
             return size
     return chunk
+
+
+def _kept(builder: Builder) -> int:
+    """A token's bytes that stay from the first step to the last."""
+    return sum(_row_bytes(builder, name) for name in {builder.input, builder.output})
 
 
 def _row_bytes(builder: Builder, name: str) -> int:

@@ -2,8 +2,9 @@
 
 All but attention works token by token. So: keys and values of a sequence (of as many short ones as
 fill a chunk), then chunk by chunk queries, attention and all that follows, up to the node on which
-alone the rest depends: it lies where the hidden states were. Then the rest, as many tokens at a
-time as attention's memory holds. Within a chunk a value lives only as long as it is read.
+alone the rest depends: it lies where the hidden states were. Then the rest. Before attention and
+after it as many tokens at a time as attention's memory holds: weights are read less often. Within a
+chunk a value lives only as long as it is read.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from memladder.case import Shape
-from memladder.engine.compiler.builder import CHUNK, Builder, free_chunk, in_chunks
+from memladder.engine.compiler.builder import CHUNK, Builder, ahead_chunk, free_chunk, in_chunks
 from memladder.engine.compiler.fused import Fused, Glu, NamedNorm, Product
 from memladder.engine.graph.nodes import Attention, Node, Pointwise, Rotary, ordered
 from memladder.engine.program import Program, Rows, Value
@@ -35,8 +36,8 @@ def lower(
     in_place: bool = True,
 ) -> Program:
     """The layer's program at a shape; `activation` is None for fp16. `plain`: matrices that stay in
-    fp16 where others do not. `chunk`: tokens at a time; what follows attention takes as many as
-    need no more memory than attention, or than `budget` in bytes.
+    fp16 where others do not. `chunk`: tokens at a time; keys and values, and what follows
+    attention, take as many as need no more memory than attention, or than `budget` in bytes.
 
     The output overwrites the input with `in_place`, unless a kernel would then write over what it
     reads.
@@ -61,8 +62,12 @@ def _program(
     builder = Builder(shape, width, fused.matrices, biases, activation, plain, chunk, in_place)
     start = fused.input
     if fused.attention is not None:
-        start = _cut(fused, fused.attention)
-        _attention_part(builder, fused, fused.attention, start)
+        attention, start = fused.attention, _cut(fused, fused.attention)
+
+        def attend(builder: Builder, ahead: int) -> None:
+            _attention_part(builder, fused, attention, start, ahead)
+
+        attend(builder, ahead_chunk(builder, attend, budget))
     if start is not fused.output:
 
         def write(builder: Builder, at: int, size: int) -> None:
@@ -93,8 +98,11 @@ def _cut(fused: Fused, attention: Attention) -> Node:
     raise GraphError(f"a layer that ends with attention {attention.source!r}")
 
 
-def _attention_part(builder: Builder, fused: Fused, attention: Attention, end: Node) -> None:
-    """All tokens up to `end`, which is written into the output."""
+def _attention_part(
+    builder: Builder, fused: Fused, attention: Attention, end: Node, ahead: int
+) -> None:
+    """All tokens up to `end`, which is written into the output; keys and values of `ahead` tokens
+    at a time."""
     seq_len = builder.shape.seq_len
     for first, count in builder.sequences():
         start, rows = first * seq_len, count * seq_len
@@ -103,15 +111,14 @@ def _attention_part(builder: Builder, fused: Fused, attention: Attention, end: N
             id(attention.value): builder.new("value", rows, attention.value.columns),
         }
         chunks = list(builder.chunks(start, rows))
-        parts = {at: _part(builder, fused, at, size, at - start) for at, size in chunks}
-        for at, size in chunks:
+        for at, size in builder.chunks(start, rows, ahead if len(chunks) > 1 else rows):
             targets = {
                 name: Rows(held[id(node)].buffer, at - start, size)
                 for name, node in (("key", attention.key), ("value", attention.value))
             }
-            parts[at].project(attention, targets, query=len(chunks) == 1)
+            part = _part(builder, fused, at, size, at - start)
+            part.project(attention, targets, query=len(chunks) == 1)
         for at, size in chunks:
-            part = parts[at]
             if len(chunks) > 1:
                 # All keys and values had to be there first; of the rest none was kept.
                 part = _part(builder, fused, at, size, at - start)
