@@ -4,9 +4,11 @@
 
 One run, one GPU, side by side, on random weights like those of `memladder.models.weights`. A case
 is timed only after its output has agreed with the naive kernels on the same quantised weights, from
-poisoned memory, twice bit by bit. Times are medians of the CUDA graph that `memladder` measures,
-launched again and again; two that are compared at 4096 tokens take turns, because a GPU that works
-without a pause becomes slower. Exit status 1 where a gate does not hold.
+poisoned memory, twice bit by bit; with fp16 activations also with Hugging Face's layer in float32
+on the dequantised weights. Times are medians of the CUDA graph that `memladder` measures, launched
+again and again. Two that are compared at 4096 tokens are so twice: alone, each again and again, and
+taking turns, because the GPU's clock follows the power that the last milliseconds took. Exit status
+1 where a gate does not hold.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from torch import Tensor
 
 from memladder import formats, models
 from memladder.case import Shape
-from memladder.engine import packed_layer
+from memladder.engine import packed_layer, reference
 from memladder.engine.compiler import layers
 from memladder.engine.driver import Graph
 from memladder.engine.execute import Execution, arena_bytes
@@ -35,6 +37,7 @@ from memladder.errors import UnavailableError
 from memladder.formats.base import Format
 from memladder.kernels import cuda, naive
 from memladder.kernels.layout import Layout
+from memladder.models import reference as layer_reference
 from memladder.models.cache import default_dir
 from memladder.models.weights import hidden_states
 
@@ -42,7 +45,7 @@ DEVICE = torch.device("cuda", 0)
 ROWS = [("fp16", "fp16"), ("int4", "fp16"), ("nf4", "fp16"), ("fp8", "fp8"), ("mxfp8", "mxfp8"),
         ("int1", "int8")]  # fmt: skip
 SHAPES = (Shape(1, 1), Shape(32, 1), Shape(1, 4096))
-# Of ‖y − naive‖ / ‖naive‖.
+# Of ‖y − naive‖ / ‖naive‖; with fp16 activations of PyTorch's float32 layer too.
 GATE = {"fp16": 2e-3, "fp8": 1e-2, "mxfp8": 1e-2, "int8": 1e-2}
 PRODUCTS = ("qkv", "matmul", "glu")
 TURNS = 12
@@ -60,14 +63,16 @@ class Rates:
 
 @dataclass(frozen=True)
 class Timed:
-    """Seconds of a layer, of its products alone; its error; bytes and operations that it needs; the
-    layer itself, and what its graph works on."""
+    """Seconds of a layer, of its products alone; its error, and that against PyTorch's float32
+    layer; bytes and operations that it needs; the layer itself, and what its graph works on."""
 
     layer_s: float
     products_s: float
     error: float
+    float32_error: float | None
     weight_bytes: int
     operations: float
+    layer: PackedLayer
     graph: Graph
     execution: Execution
 
@@ -190,6 +195,10 @@ def timed(model: str, layer: PackedLayer, activation: str, shape: Shape) -> Time
     error = float((found.double() - expected).norm() / expected.norm())
     assert torch.equal(found, again), "two runs differ"
     assert error <= GATE[activation], f"error {error:.1e}"
+    float32_error = None
+    if kind is None:
+        float32_error = from_float32(model, layer, shape, found)
+        assert float32_error <= GATE[activation], f"error {float32_error:.1e} of float32"
     execution = Execution(program, planned, layer, cuda, arena)
     graph = Graph(execution.run, DEVICE)
     alone = Execution(
@@ -197,23 +206,37 @@ def timed(model: str, layer: PackedLayer, activation: str, shape: Shape) -> Time
     )
     times = graph.seconds(), graphed(alone.run)
     nbytes = sum(matrix.nbytes for matrix in layer.matrices.values())
-    return Timed(*times, error, nbytes, operations(model, shape), graph, execution)
+    return Timed(
+        *times, error, float32_error, nbytes, operations(model, shape), layer, graph, execution
+    )
 
 
-def inductor(model: str, shape: Shape) -> Callable[[], object]:
-    """A pass of PyTorch-Inductor's layer, as `memladder` measures its memory."""
-    from memladder import frameworks
-    from memladder.case import Case
-    from memladder.frameworks.base import Job
+def from_float32(model: str, layer: PackedLayer, shape: Shape, found: Tensor) -> float:
+    """The error of an output [tokens, hidden_size], held against PyTorch's layer in float32."""
+    config = models.layer_config(model)
+    sources = layers.ensure(config, default_dir()).sources
+    expected = reference.output(config, layer, sources, shape, 0, None)
+    torch.cuda.empty_cache()
+    return layer_reference.error(found.float().cpu().numpy().reshape(expected.shape), expected)
 
-    job = Job(Case(model, "pytorch", shape, "cuda:0"), models.layer_config(model), default_dir())
-    framework = frameworks.get("pytorch")
-    framework.prepare(job)
-    session = framework.session(job, lambda _: None)
-    session.context()
-    session.weights()
-    session.compile()
-    return session.run
+
+def inductor(model: str, layer: PackedLayer, shape: Shape) -> Callable[[], object]:
+    """A pass of PyTorch-Inductor's layer with the same weights in float16, compiled as `memladder`
+    does to measure its memory."""
+    config = models.layer_config(model)
+    sources = layers.ensure(config, default_dir()).sources
+    module = reference.dequantised(config, layer, sources, shape).half()
+    torch.cuda.empty_cache()
+    torch._dynamo.reset()
+    compiled = torch.compile(module, fullgraph=True, dynamic=False)
+    states = torch.from_numpy(hidden_states(config, shape, 0)).to(DEVICE)
+
+    def run() -> object:
+        with torch.inference_mode():
+            return compiled(states)
+
+    run()
+    return run
 
 
 def marlin(model: str, shape: Shape) -> float:
@@ -256,8 +279,8 @@ def main(arguments: list[str]) -> int:
         + " TFLOP/s.",
         "",
         "| layer | shape | weights | activations | µs | bytes' floor, µs | flops' floor, µs "
-        "| layer / higher floor | products, µs | products / bytes' floor | error |",
-        "|---|---|---|---|" + "---:|" * 7,
+        "| layer / higher floor | products, µs | products / bytes' floor | error | of float32 |",
+        "|---|---|---|---|" + "---:|" * 8,
     ]
     print(*lines, sep="\n", flush=True)
     holds = True
@@ -272,7 +295,7 @@ def main(arguments: list[str]) -> int:
                     one = timed(model, layer, activation, shape)
                 except AssertionError as error:
                     holds = False
-                    cells = (model, shape, weight, activation, f"gate: {error}", *[""] * 6)
+                    cells = (model, shape, weight, activation, f"gate: {error}", *[""] * 7)
                     lines.append(f"| {' | '.join(map(str, cells))} |")
                 else:
                     found[weight, shape] = one
@@ -295,7 +318,8 @@ def row(model: str, weight: str, activation: str, shape: Shape, one: Timed, best
     return (
         f"| {model} | {shape} | {weight} | {activation} | {1e6 * one.layer_s:.1f} "
         f"| {1e6 * read:.1f} | {1e6 * compute:.1f} | {one.layer_s / max(read, compute):.2f} "
-        f"| {1e6 * one.products_s:.1f} | {one.products_s / read:.2f} | {one.error:.1e} |"
+        f"| {1e6 * one.products_s:.1f} | {one.products_s / read:.2f} | {one.error:.1e} "
+        f"| {'' if one.float32_error is None else f'{one.float32_error:.1e}'} |"
     )
 
 
@@ -323,15 +347,31 @@ def compared(
         for weight, least in (("int4", 0.9), ("nf4", 0.9), ("fp8", 1.5), ("mxfp8", 1.0),
                               ("int1", 1.5)):  # fmt: skip
             if (other := found.get((weight, many))) is not None:
-                fp16, own = take_turns(base.graph.run, other.graph.run)
-                goal(f"{weight}: layer 1x4096, {1e3 * own:.2f} ms",
-                     f"ladder fp16, {1e3 * fp16:.2f} ms", least, fp16 / own)  # fmt: skip
+                alone = base.layer_s, other.layer_s
+                turns = take_turns(base.graph.run, other.graph.run)
+                for how, (fp16, own) in (("alone", alone), ("in turns", turns)):
+                    goal(f"{weight}: layer 1x4096 {how}, {1e3 * own:.2f} ms",
+                         f"ladder fp16, {1e3 * fp16:.2f} ms", least, fp16 / own)  # fmt: skip
     if not peers:
         return lines
-    if base is not None:
-        other_s, own = take_turns(inductor(model, many), base.graph.run)
-        goal(f"fp16: layer 1x4096, {1e3 * own:.2f} ms",
-             f"PyTorch-Inductor, {1e3 * other_s:.2f} ms", 1.0, other_s / own)  # fmt: skip
+    # Welder's program is Ladder's in fp16.
+    for shape, least in ((one, 0.91), (many, 1.0)):
+        if (own_case := found.get(("fp16", shape))) is None:
+            continue
+        call = inductor(model, own_case.layer, shape)
+        graph = Graph(lambda call=call: (call(), None)[1], DEVICE)  # type: ignore[misc]
+        turns = take_turns(graph.run, own_case.graph.run)
+        called = take_turns(call, own_case.graph.run)
+        alone = graph.seconds(), own_case.layer_s
+        for how, (other_s, own) in (("as a CUDA graph, alone", alone),
+                                    ("as a CUDA graph, in turns", turns),
+                                    ("called, in turns", called)):  # fmt: skip
+            goal(f"fp16: layer {shape}, {1e3 * own:.3f} ms",
+                 f"PyTorch-Inductor {how}, {1e3 * other_s:.3f} ms", least,
+                 other_s / own)  # fmt: skip
+        graph.close()
+        del graph, call
+        torch.cuda.empty_cache()
     for shape in (few, one):
         if (int4 := found.get(("int4", shape))) is not None:
             try:

@@ -40,21 +40,32 @@ def output(
     """float32 [batch_size, seq_len, hidden_size] for the hidden states of the seed.
 
     `sources`: of which tensors of the configuration's module the packed layer was made.
-    `activation` is None where activations stay float16: nothing is rounded then.
+    `activation` is None where activations stay float16: nothing is rounded then. It is computed
+    where the packed layer is.
     """
-    module = layers.build(config, shape, torch.float32)
-    for name, tensor in _tensors(config, packed, sources).items():
-        layers.put(module, name, tensor)
+    module = dequantised(config, packed, sources, shape)
+    device = next(module.parameters()).device
     if activation is not None:
         # The program keeps these; the others' output is changed before it is written.
         stored = {sources[name].tensor.removesuffix(".weight") for name in _STORED}
         _round(module.block, activation, stored)
     if "alibi.slopes" in packed.vectors:
         _make_alibi_relative(module, packed.vectors["alibi.slopes"])
-    states = torch.from_numpy(hidden_states(config, shape, seed)).float()
+    states = torch.from_numpy(hidden_states(config, shape, seed)).to(device).float()
     with torch.inference_mode():
-        found: np.ndarray = module(states).numpy()
+        found: np.ndarray = module(states).cpu().numpy()
     return found
+
+
+def dequantised(
+    config: LayerConfig, packed: PackedLayer, sources: Mapping[str, Source], shape: Shape
+) -> layers.Layer:
+    """Hugging Face's module in float32 with the packed layer's weights, where those are."""
+    module = layers.build(config, shape, torch.float32)
+    for name, tensor in _tensors(config, packed, sources).items():
+        layers.put(module, name, tensor)
+    device = next(module.parameters()).device
+    return module.to(device)
 
 
 def _make_alibi_relative(module: nn.Module, slopes: Tensor) -> None:
@@ -63,7 +74,7 @@ def _make_alibi_relative(module: nn.Module, slopes: Tensor) -> None:
     Softmax does not tell them apart, but float32 does: positions give scores up to a thousand.
     """
     mask = module.get_buffer("mask")
-    positions = torch.arange(mask.shape[-1])
+    positions = torch.arange(mask.shape[-1], device=mask.device)
     distance = positions - positions.unsqueeze(1)
     module.get_buffer("alibi").zero_()
     module.register_buffer("mask", mask + slopes.view(-1, 1, 1) * distance, persistent=False)
@@ -73,8 +84,12 @@ def _tensors(
     config: LayerConfig, packed: PackedLayer, sources: Mapping[str, Source]
 ) -> dict[str, Tensor]:
     """The checkpoint's tensors, put together again from what was packed."""
+    device = next(iter(packed.vectors.values())).device
     # NaN, so that what was not packed shows.
-    found = {name: torch.full(shape, torch.nan) for name, shape in tensor_shapes(config).items()}
+    found = {
+        name: torch.full(shape, torch.nan, device=device)
+        for name, shape in tensor_shapes(config).items()
+    }
     for name, source in sources.items():
         matrix = packed.matrices.get(name)
         rows = packed.vectors[name].float() if matrix is None else matrix.dequantise()

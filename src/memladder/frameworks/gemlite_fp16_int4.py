@@ -5,6 +5,7 @@ gemlite brings kernels and packing, and takes a matrix that is quantised: here b
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +39,7 @@ class GemLiteInt4(Quantised):
         """A GemLiteLinear."""
         from gemlite import DType, GemLiteLinear
 
+        _take_default_tiles()
         made: Any = GemLiteLinear(
             W_nbits=4,
             group_size=group_size(config),
@@ -74,8 +76,29 @@ class GemLiteInt4(Quantised):
         return rows * columns // 2 + _SCALE_BYTES * rows * columns // group_size(job.config)
 
     def format_settings(self, config: LayerConfig) -> Mapping[str, Setting]:
-        """Groups."""
-        return {"group_size": group_size(config), "zero": _ZERO, "packing_bitwidth": 32}
+        """Groups, and how kernels are tuned."""
+        return {
+            "group_size": group_size(config),
+            "zero": _ZERO,
+            "packing_bitwidth": 32,
+            "autotune": "default",
+        }
+
+
+def _take_default_tiles() -> None:
+    """gemlite's autotune setting `default`: one or two tiles a kernel, where `fast` compiles some
+    twenty, minutes a layer. Which is taken changes no tensor's bytes.
+
+    `gemlite.set_autotune` loads the kernels' modules again, but not the table of kernels that a
+    product takes them from (0.6.0.post2).
+    """
+    from gemlite import core
+
+    for kernel in core.GEMLITE_TRITON_MAPPING.values():
+        tiles = importlib.import_module(kernel.__module__).get_default_config()
+        for tuner in kernel.kernel:
+            # Twice: of a single one the tuner would not ask whether it fits the matrix.
+            tuner.configs = 2 * tiles
 
 
 def _int4(config: LayerConfig) -> Any:
