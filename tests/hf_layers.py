@@ -75,7 +75,7 @@ LAYERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "granite": ("granite", {**WIDTHS, "attention_multiplier": 0.1, "residual_multiplier": 0.3}),
     "nemotron": ("nemotron", WIDTHS),
     "helium": ("helium", WIDTHS),
-    "codegen": ("codegen", {**_GPT, "rotary_dim": 8, "n_positions": 64, "n_ctx": 64}),
+    "codegen": ("codegen", {**_GPT, "rotary_dim": 8, "n_positions": 512, "n_ctx": 512}),
     "xglm": ("xglm", {"d_model": 64, "ffn_dim": 96, "attention_heads": 4}),
     "glm": ("glm", WIDTHS),
     "glm4": ("glm4", WIDTHS),
@@ -87,7 +87,7 @@ LAYERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 }
 # Spelled by the layer itself, for lack of another way.
 EAGER_ONLY = frozenset(
-    ("bloom", "bloom_6", "gemma2", "mpt", "falcon", "falcon_alibi", "xglm", "gptj")
+    ("bloom", "bloom_6", "gemma2", "mpt", "falcon", "falcon_alibi", "xglm", "gptj", "codegen")
 )
 # What the engine has no kernels for.
 UNSUPPORTED = frozenset(("apertus", "diffllama"))

@@ -51,12 +51,20 @@ def bits(value: float) -> int:
 
 
 def _value(text: str, registers: dict[str, int | float]) -> int | float:
+    if text.startswith("0f"):
+        return float(struct.unpack(">f", bytes.fromhex(text[2:]))[0])
     return int(text, 0) if text[0].isdigit() else registers[text]
 
 
 def _result(name: str, operands: list[int | float]) -> int | float:
     if name == "add.f32":
         return float(np.float32(operands[0]) + np.float32(operands[1]))
+    if name == "fma.rn.f32":
+        # float64 holds a product of two float16 exactly; the sum is rounded twice, hardly ever to
+        # another number.
+        return float(np.float32(operands[0] * operands[1] + operands[2]))
+    if name == "mov.f32":
+        return float(operands[0])
     a, b, c, table = (int(part) for part in [*operands, 0, 0, 0][:4])
     if name == "cvt.f32.f16":
         return half(a)

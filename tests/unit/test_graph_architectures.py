@@ -53,7 +53,8 @@ def test_what_is_not_supported_is_named(name: str, said: str) -> None:
     assert len(str(caught.value).splitlines()) == 1
 
 
-@pytest.mark.parametrize("name", ["llama", "bloom", "falcon"])
+# XGLM multiplies queries [1, heads, …] with keys [heads, …] where there is one sequence.
+@pytest.mark.parametrize("name", ["llama", "bloom", "falcon", "xglm"])
 @pytest.mark.parametrize(("batch_size", "seq_len"), [(1, 1), (5, 1), (1, 2), (1, 200)])
 def test_shapes(name: str, batch_size: int, seq_len: int) -> None:
     assert imported(name, batch_size, seq_len, "eager") <= 2e-6

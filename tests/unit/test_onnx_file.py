@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import torch
 from onnx import TensorProto
 
 from memladder.engine.graph import convert, onnx_file
+from memladder.engine.graph.evaluate import evaluate
 from memladder.errors import GraphError
 from tests.unit.onnx_models import save
 
@@ -78,6 +80,22 @@ def external(path: Path, location: str, offset: int = 0) -> Path:
         tensor.external_data.add(key=key, value=value)
     path.write_bytes(proto.SerializeToString())
     return path
+
+
+def test_elements_of_a_long_constant_are_gathered(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    numbers = torch.randn(100, 8, generator=generator)
+    places = torch.randint(100, (8, 8), generator=generator)
+    x = torch.randn(2, 5, 8, generator=generator)
+    nodes = [
+        ("GatherElements", ("numbers", "places"), "weight", {"axis": 0}),
+        ("MatMul", ("x", "weight"), "y"),
+    ]
+    constants = {"numbers": numbers.numpy(), "places": places.numpy()}
+    found = evaluate(convert.load(save(tmp_path / "m.onnx", nodes, constants)), x)
+    assert torch.allclose(found, x @ numbers.gather(0, places), atol=1e-6)
+    constants["places"][0, 0] = 100
+    refused(save(tmp_path / "n.onnx", nodes, constants), "can't be computed: index 100")
 
 
 def test_external_data_is_mapped_and_not_read(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -112,10 +113,10 @@ def begin(query: Value, key: Value) -> Scores:
         if value.axes[-2] != tokens or not value.columns:
             raise LayoutError("a product of two activations that is no attention")
     last: Axis = ("k",) if tokens else ()
-    batch = tuple(
-        one if shape_of((one,), query.tokens) != (1,) else other
-        for one, other in zip(query.axes[:-2], key.axes[:-2], strict=True)
-    )
+    # The one that has fewer axes is as if it had more of size 1 in front.
+    pairs = zip_longest(reversed(query.axes[:-2]), reversed(key.axes[:-2]), fillvalue=())
+    batch = [one if shape_of((one,), query.tokens) != (1,) else other for one, other in pairs]
+    batch.reverse()
     return Scores(query, key, (*batch, tokens, last))
 
 
@@ -149,7 +150,8 @@ def finish(converter: Converter, scores: Scores, value: Value) -> Value:
         window,
         scores.softcap,
     )
-    axes = (*scores.axes[:-1], (v_index.shape[1],))
+    added: Axes = ((),) * (len(value.axes) - len(scores.axes))
+    axes = (*added, *scores.axes[:-1], (v_index.shape[1],))
     found = converter.whole(converter.nodes(attention), axes)
     return views.scaled(found, v_scale)
 

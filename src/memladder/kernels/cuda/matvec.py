@@ -531,16 +531,16 @@ def _packed_cuts(parts: Sequence[Part], pair: bool) -> Sequence[Cut]:
         cuts = [Cut(16, 8), Cut(16, 4), Cut(32, 4), Cut(32, 8), Cut(8, 8)]
         # What is in flight has to be enough also where rows are few.
         if looked_up:
-            few = Cut(32, 8, cores=True) if columns > 8192 else Cut(16, 4)
+            few = Cut(32, 8, cores=True) if columns > 8192 else Cut(16, 4, cores=True)
             best = Cut(32, 4, cores=True) if rows > 10240 else few
         else:
             few = Cut(16, 4, cores=long) if rows > 8192 else Cut(16, 8)
             best = Cut(32, 4, cores=True) if many else few
     if not (_LANES_IN_ORDER and pairs_ptx(str(weight.format), weight.layout.interleaved)):
         return _led_by(cuts[0] if best.cores else best, cuts)
-    # Tensor cores take rows by 16.
+    # Tensor cores take rows by 16. What is looked up is multiplied in float32 without them.
     cores = [replace(cut, cores=True) for cut in cuts if pair or cut.rows > 8]
-    return _led_by(best, [*cuts, *cores])
+    return _led_by(best, cores if looked_up else [*cuts, *cores])
 
 
 def _led_by(best: Cut, cuts: Sequence[Cut]) -> Sequence[Cut]:
