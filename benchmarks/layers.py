@@ -1,6 +1,6 @@
 """How fast ladder's layers are on this GPU, against what bounds them and against others.
 
-    python benchmarks/layers.py [--output FILE.md] [--models llama,bloom] [--peers llama,bloom]
+    python benchmarks/layers.py [--output FILE.md] [--models llama,bloom] [--peers llama]
 
 One run, one GPU, side by side, on random weights like those of `memladder.models.weights`. A case
 is timed only after its output has agreed with the naive kernels on the same quantised weights, from
@@ -267,7 +267,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--models", default="llama,bloom")
     parser.add_argument("--formats", default=",".join(weight for weight, _ in ROWS))
     parser.add_argument("--output", type=Path)
-    parser.add_argument("--peers", default="llama,bloom", help="models that others run as well")
+    parser.add_argument("--peers", default="llama", help="models that others run as well")
     options = parser.parse_args(arguments)
     torch.backends.cuda.matmul.allow_tf32 = False
     best = rates()

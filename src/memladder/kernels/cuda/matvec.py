@@ -532,7 +532,7 @@ def _packed_cuts(parts: Sequence[Part], pair: bool) -> Sequence[Cut]:
         # What is in flight has to be enough also where rows are few.
         if looked_up:
             few = Cut(32, 8, cores=True) if columns > 8192 else Cut(16, 4, cores=True)
-            best = Cut(32, 4, cores=True) if rows > 10240 else few
+            best = Cut(32, 4, cores=True) if rows > 8192 else few
         else:
             few = Cut(16, 4, cores=long) if rows > 8192 else Cut(16, 8)
             best = Cut(32, 4, cores=True) if many else few
