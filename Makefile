@@ -1,7 +1,7 @@
 # make setup      a virtual environment in .venv with what this machine can use
 # make reproduce  the published figure at once, then measure this machine and draw what it measured
 # make test       the tests that need no GPU        make test-gpu  those that need one
-# make test-slow  what takes long: environments made from the package registry (gigabytes), more layers, GPUs and sizes
+# make test-slow  what takes long: more layers, GPUs and sizes
 # make check      formatting, lint, types, import order
 PYTHON ?= python3
 VENV := .venv

@@ -3,7 +3,7 @@
     python benchmarks/traffic.py [--output FILE.md] [--models llama,bloom] [--formats fp16,int4]
 
 Every kind of step of a layer's program runs once under `ncu`, the caches empty before it, and is
-held against the sum of its operands, which is what `schedule.md` says. What is still in the cache
+held against what `schedule.md` says. What is still in the cache
 when a kernel ends is not counted: up to 50 MB of what it wrote. Exit status 1 where `ncu` counted
 other launches than were made.
 """
@@ -74,7 +74,7 @@ def profiled(model: str, weight: str, shape: Shape) -> list[Predicted]:
             program, planned, layer, cuda, arena, only=lambda other, step=step: other is step
         )
         graph = Graph(execution.run, benchmark.DEVICE)
-        nbytes = step_bytes(program, step, sizes)
+        nbytes = step_bytes(program, step, sizes, layer.form.fused.matrices)
         found.append(Predicted(kernel, matrices, rows, nbytes, graph.launches))
         graph.close()
         runs.append(execution.run)

@@ -74,9 +74,7 @@ def test_an_environment_is_asked_for_what_it_has(
     assert f"Python {python}" == version.strip()
 
 
-# Both installers: pip takes more than a minute, uv seconds.
-@pytest.mark.slow
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", ["onnxruntime", "bitsandbytes"])
 def test_an_environment_is_made_from_the_registry(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -19,6 +19,7 @@ from memladder.engine.graph.nodes import Input, Linear, Norm, Pointwise
 from memladder.engine.program import Step
 from memladder.errors import FormatError, GraphError, UsageError
 from memladder.models import onnx_export
+from memladder.units import MIB
 from tests import layers
 from tests.unit.onnx_models import save
 
@@ -218,23 +219,26 @@ def test_tiles_follow_the_index_maps() -> None:
     assert tiles.connection(wide, Product(512, "", wide, "up"), (128, 64)) == "global"
 
 
-def test_the_tile_of_a_product_moves_the_fewest_bytes() -> None:
+def test_what_the_tile_of_a_product_moves() -> None:
     # One row: the weight once, the activation once, the output once.
     one = tiles.cut(1, 28672, 8192, 2 * 28672 * 8192)
     assert one.nbytes == 2 * (28672 * 8192 + 8192 + 28672)
     assert one.rows == 16
     many = tiles.cut(4096, 8192, 8192, 2 * 8192 * 8192)
-    assert tiles.cut(512, 57344, 8192, 2 * 57344 * 8192).nbytes == 2 * (
-        57344 * 8192 + 512 * 8192 + 512 * 57344
-    )
     assert (many.rows, many.columns) == (128, 256)
-    # 64 MiB twice: neither fits into half of the cache.
-    assert many.nbytes == 2 * (32 * 8192 * 8192 + 32 * 4096 * 8192 + 4096 * 8192)
+    # 32 by 32 tiles are 8 waves of 132; 4 by 224 are 7.
+    assert many.nbytes == 2 * (8192 * 8192 + 8 * 4096 * 8192 + 4096 * 8192)
+    assert tiles.cut(512, 57344, 8192, 2 * 57344 * 8192).nbytes == 2 * (
+        57344 * 8192 + 7 * 512 * 8192 + 512 * 57344
+    )
+    # Weights and activation fit.
+    small = tiles.cut(512, 4096, 1024, 2 * 4096 * 1024)
+    assert small.nbytes == 2 * (4096 * 1024 + 512 * 1024 + 512 * 4096)
 
 
 def test_traffic_is_counted_by_hand(cache_dir: Path) -> None:
     found = compile_file(exported("llama", "1x1", cache_dir), Options())
-    sizes = schedule.weight_sizes(found)
+    sizes = schedule.weight_sizes(found.form)
     values = models.narrow_config("llama").values
     assert sum(sizes.values()) == 2 * models.parameters(models.narrow_config("llama"))
     hidden, inner = values["hidden_size"], values["intermediate_size"]
@@ -246,7 +250,49 @@ def test_traffic_is_counted_by_hand(cache_dir: Path) -> None:
     # product with up, two residuals: what each of them reads and writes.
     apart = (2 + 2 + 1 + 1 + 2 + 2 + 3 + 2 + 1 + 1 + 1 + 3) * hidden
     apart += (1 + 2 + 1 + 3 + 1) * inner + (1 + 1 + 2) * kv + 4 * values["num_attention_heads"]
-    assert schedule.unfused_bytes(found.graph, sizes) == sum(sizes.values()) + 2 * apart
+    matrices = found.form.fused.matrices
+    unfused = schedule.unfused_bytes(found.graph, found.program, sizes, matrices)
+    assert unfused == sum(sizes.values()) + 2 * apart
+
+
+# MiB that Nsight Compute counted on an H100, read and written: docs/traffic-h100.md. By model,
+# weights, first matrix of the step, and its rows.
+COUNTED = {
+    ("llama", "fp16", "query", 512): 144.0,
+    ("llama", "fp16", "output", 512): 144.1,
+    ("llama", "fp16", "gate", 512): 976.8,
+    ("llama", "fp16", "down", 512): 484.0,
+    ("llama", "int4", "gate", 512): 309.5,
+    ("llama", "int4", "down", 512): 151.5,
+    ("bloom", "fp16", "key", 1024): 1050.7,
+    ("bloom", "fp16", "query", 512): 428.4,
+    ("bloom", "fp16", "output", 512): 442.4,
+    ("bloom", "fp16", "up", 1408): 2453.4,
+    ("bloom", "fp16", "down", 1408): 2411.6,
+    ("bloom", "fp16", "up", 1280): 2387.7,
+    ("bloom", "fp16", "down", 1280): 2453.3,
+    ("bloom", "int4", "key", 1024): 475.7,
+    ("bloom", "int4", "query", 512): 137.4,
+    ("bloom", "int4", "output", 512): 151.4,
+    ("bloom", "int4", "up", 1408): 1439.8,
+}
+
+
+@pytest.mark.parametrize(
+    ("model", "weight"), [(m, w) for m in ("llama", "bloom") for w in ("fp16", "int4")]
+)
+def test_traffic_is_what_was_counted(model: str, weight: str, cache_dir: Path) -> None:
+    form = layers.form(models.layer_config(model), cache_dir, weight)
+    program = form.program(Shape(1, 4096))
+    sizes, matrices = schedule.weight_sizes(form), form.fused.matrices
+    predicted = {}
+    for step in program.steps:
+        names = [name for name in step.weights.values() if name in matrices]
+        if names:
+            nbytes = schedule.step_bytes(program, step, sizes, matrices)
+            predicted[model, weight, names[0], step.reads["x"].count] = nbytes / MIB
+    counted = {key: mib for key, mib in COUNTED.items() if key[:2] == (model, weight)}
+    assert {key: predicted[key] for key in counted} == pytest.approx(counted, rel=0.15)
 
 
 def test_the_schedule_says_what_was_done(cache_dir: Path, tmp_path: Path) -> None:

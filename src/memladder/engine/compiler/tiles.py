@@ -3,9 +3,13 @@
 A node is an index map: a tile [rows, columns] of its output needs so many rows and columns of each
 operand. Two nodes are connected in registers where the consumer needs just the tile that the
 producer has made, in shared memory where it needs more, but no more than fits; else the value goes
-through global memory. The tile of a product is that which moves the fewest bytes from memory; of
-those alike, the fewest from the cache, counted for all multiprocessors that its last wave leaves
-idle; then the one that computes the least beyond the output's edge.
+through global memory. The tile of a product is that which moves the fewest bytes from the cache,
+counted for all multiprocessors that its last wave leaves idle; of those alike, the one that
+computes the least beyond the output's edge.
+
+Tiles are computed in waves, one tile a multiprocessor, all rows of a column of tiles together. So a
+weight is read once, and the activation once a wave, if the weights that pass by meanwhile push it
+out of the cache: as Nsight Compute counts it on an H100 (docs/traffic-h100.md).
 """
 
 from __future__ import annotations
@@ -85,34 +89,35 @@ def connection(producer: Node, consumer: Node, tile: Tile) -> str:
 
 @dataclass(frozen=True)
 class Cut:
-    """A product's tile; bytes from memory and from the cache; waves over the multiprocessors."""
+    """A product's tile; bytes from memory and from the cache; waves over the multiprocessors; and
+    how often the activation is read from memory."""
 
     rows: int
     columns: int
     nbytes: int
     cache_bytes: int
     waves: float
+    reads: int
 
 
 def cut(tokens: int, columns: int, k: int, weight_bytes: int) -> Cut:
-    """The tile of a product [tokens, columns] over K.
-
-    A weight is read once for each row of tiles, and the activation once for each column of tiles:
-    from memory the first time, and again where neither fits into the cache.
-    """
+    """The tile of a product [tokens, columns] over K."""
     activation = tokens * k * ITEM_BYTES
-    fits = min(weight_bytes, activation) <= CACHE_BYTES // 2
     found = []
     for rows in _ROWS:
         for width in _COLUMNS:
             down, across = math.ceil(tokens / rows), math.ceil(columns / width)
+            waves = down * across / MULTIPROCESSORS
+            # Half of the cache: its two parts keep what both read twice.
+            stays = weight_bytes / max(waves, 1) + activation <= CACHE_BYTES // 2
+            # Kernels for few rows have the cache let go of weights first.
+            reads = 1 if stays or tokens <= _ROWS[-1] else math.ceil(waves)
+            nbytes = weight_bytes + reads * activation + tokens * columns * ITEM_BYTES
             cached = weight_bytes * down + activation * across
-            moved = weight_bytes + activation if fits else cached
-            nbytes = moved + tokens * columns * ITEM_BYTES
-            found.append(Cut(rows, width, nbytes, cached, down * across / MULTIPROCESSORS))
+            found.append(Cut(rows, width, nbytes, cached, waves, reads))
 
     def cost(c: Cut) -> tuple[float, ...]:
         idle = math.ceil(c.waves) / c.waves
-        return c.nbytes, c.cache_bytes * idle, c.rows * c.columns * c.waves
+        return c.cache_bytes * idle, c.rows * c.columns * c.waves
 
     return min(found, key=cost)
