@@ -25,7 +25,7 @@ import torch
 import layers as benchmark
 from memladder import formats
 from memladder.case import Shape
-from memladder.engine.compiler.schedule import step_bytes
+from memladder.engine.compiler.traffic import Traffic
 from memladder.engine.driver import Graph
 from memladder.engine.execute import Execution, arena_bytes
 from memladder.engine.packed_layer import ACTIVATIONS
@@ -62,8 +62,7 @@ def profiled(model: str, weight: str, shape: Shape) -> list[Predicted]:
     arena = torch.zeros(
         arena_bytes(program, planned, cuda), dtype=torch.uint8, device=benchmark.DEVICE
     )
-    sizes = {name: matrix.nbytes for name, matrix in layer.matrices.items()}
-    sizes |= {name: vector.nbytes for name, vector in layer.vectors.items()}
+    traffic = Traffic(layer.form, program)
     kinds: dict[tuple[str, str, int], Step] = {}
     for step in program.steps:
         matrices = ", ".join(name for name in step.weights.values() if name in layer.matrices)
@@ -74,7 +73,7 @@ def profiled(model: str, weight: str, shape: Shape) -> list[Predicted]:
             program, planned, layer, cuda, arena, only=lambda other, step=step: other is step
         )
         graph = Graph(execution.run, benchmark.DEVICE)
-        nbytes = step_bytes(program, step, sizes, layer.form.fused.matrices)
+        nbytes = traffic.of(step)
         found.append(Predicted(kernel, matrices, rows, nbytes, graph.launches))
         graph.close()
         runs.append(execution.run)

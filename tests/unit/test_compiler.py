@@ -13,8 +13,9 @@ from memladder import formats, models
 from memladder.case import Shape
 from memladder.engine import packed_layer, packing
 from memladder.engine.compiler import arena, bundle, schedule, tiles
-from memladder.engine.compiler.compile import Options, compile_file
+from memladder.engine.compiler.compile import Options, Result, compile_file, within
 from memladder.engine.compiler.fused import Product
+from memladder.engine.compiler.traffic import Traffic, weight_sizes
 from memladder.engine.graph.nodes import Input, Linear, Norm, Pointwise
 from memladder.engine.program import Step
 from memladder.errors import FormatError, GraphError, UsageError
@@ -25,6 +26,10 @@ from tests.unit.onnx_models import save
 
 # transformers and the exporter warn about their own code.
 pytestmark = pytest.mark.filterwarnings("default")
+
+
+def moved(found: Result) -> int:
+    return Traffic(found.form, found.program).fused()
 
 
 def exported(model: str, shape: str, cache_dir: Path) -> Path:
@@ -127,15 +132,15 @@ def test_a_memory_budget_is_kept_and_used(cache_dir: Path) -> None:
     assert knee.chunk == 512
     least = compile_file(path, Options(budget=knee.plan.nbytes))
     assert least.plan.nbytes <= knee.plan.nbytes
-    assert schedule.fused_bytes(least) <= schedule.fused_bytes(knee)
+    assert moved(least) <= moved(knee)
     # More memory is used, for fewer reads of the weights; less is used where there is less.
-    traffic = []
+    bytes_moved = []
     for budget in (knee.plan.nbytes * 9 // 10, knee.plan.nbytes, 2 * knee.plan.nbytes, 1 << 30):
         found = compile_file(path, Options(budget=budget))
         assert found.plan.nbytes <= budget
-        traffic.append(schedule.fused_bytes(found))
-    assert traffic == sorted(traffic, reverse=True)
-    assert len(set(traffic)) > 2
+        bytes_moved.append(moved(found))
+    assert bytes_moved == sorted(bytes_moved, reverse=True)
+    assert len(set(bytes_moved)) > 2
     wide = compile_file(path, Options(budget=1 << 30))
     assert wide.chunk >= 1025
     assert len(wide.program.steps) == 7
@@ -236,22 +241,32 @@ def test_what_the_tile_of_a_product_moves() -> None:
     assert small.nbytes == 2 * (4096 * 1024 + 512 * 1024 + 512 * 4096)
 
 
+def test_of_all_chunks_that_fit_the_one_that_moves_least_is_taken(cache_dir: Path) -> None:
+    form = layers.form(models.layer_config("llama"), cache_dir)
+    wide = 1 << 30
+    _, _, chunk = within(form, Shape(1, 4096), None, wide, in_place=True)
+    found = {}
+    for size in (512, 1024, 1408, 2048, 4096):
+        program = form.program(Shape(1, 4096), chunk=size, budget=wide)
+        found[size] = Traffic(form, program).fused()
+    assert min(found, key=lambda size: found[size]) == chunk == 2048
+
+
 def test_traffic_is_counted_by_hand(cache_dir: Path) -> None:
     found = compile_file(exported("llama", "1x1", cache_dir), Options())
-    sizes = schedule.weight_sizes(found.form)
+    sizes = weight_sizes(found.form)
     values = models.narrow_config("llama").values
     assert sum(sizes.values()) == 2 * models.parameters(models.narrow_config("llama"))
     hidden, inner = values["hidden_size"], values["intermediate_size"]
     kv = values["num_key_value_heads"] * values["head_dim"]
     # norm, qkv, attention, output with its residual, norm, gate and up, down with its residual.
     columns = (2 + 2 + 2 + 3 + 2 + 1 + 2) * hidden + 2 * inner + 4 * kv
-    assert schedule.fused_bytes(found) == sum(sizes.values()) + 2 * columns
+    assert moved(found) == sum(sizes.values()) + 2 * columns
     # One token, whose scores are a number a head. Norms, seven products, attention, silu and its
     # product with up, two residuals: what each of them reads and writes.
     apart = (2 + 2 + 1 + 1 + 2 + 2 + 3 + 2 + 1 + 1 + 1 + 3) * hidden
     apart += (1 + 2 + 1 + 3 + 1) * inner + (1 + 1 + 2) * kv + 4 * values["num_attention_heads"]
-    matrices = found.form.fused.matrices
-    unfused = schedule.unfused_bytes(found.graph, found.program, sizes, matrices)
+    unfused = Traffic(found.form, found.program).unfused(found.graph)
     assert unfused == sum(sizes.values()) + 2 * apart
 
 
@@ -284,13 +299,12 @@ COUNTED = {
 def test_traffic_is_what_was_counted(model: str, weight: str, cache_dir: Path) -> None:
     form = layers.form(models.layer_config(model), cache_dir, weight)
     program = form.program(Shape(1, 4096))
-    sizes, matrices = schedule.weight_sizes(form), form.fused.matrices
+    traffic = Traffic(form, program)
     predicted = {}
     for step in program.steps:
-        names = [name for name in step.weights.values() if name in matrices]
+        names = [name for name in step.weights.values() if name in form.fused.matrices]
         if names:
-            nbytes = schedule.step_bytes(program, step, sizes, matrices)
-            predicted[model, weight, names[0], step.reads["x"].count] = nbytes / MIB
+            predicted[model, weight, names[0], step.reads["x"].count] = traffic.of(step) / MIB
     counted = {key: mib for key, mib in COUNTED.items() if key[:2] == (model, weight)}
     assert {key: predicted[key] for key in counted} == pytest.approx(counted, rel=0.15)
 

@@ -12,6 +12,7 @@ from memladder.case import Shape
 from memladder.engine.compiler.builder import CHUNK, TILE
 from memladder.engine.compiler.fuse import fuse
 from memladder.engine.compiler.fused import Parameters
+from memladder.engine.compiler.traffic import Traffic
 from memladder.engine.graph import convert
 from memladder.engine.graph.nodes import Graph
 from memladder.engine.packed_layer import ACTIVATIONS, Form
@@ -97,21 +98,33 @@ def _kept(parameters: Parameters, patterns: tuple[str, ...]) -> list[str]:
 def within(
     form: Form, shape: Shape, activation: Format | None, budget: int | None, in_place: bool
 ) -> tuple[Program, Plan, int]:
-    """The program of the longest chunk whose arena is within the budget; without one, the knee.
+    """The program of a chunk whose arena is within the budget; without one, of the knee.
 
-    Raises UsageError with the least that is needed if none is.
+    Of the longest, and of shorter ones as long as they move fewer bytes: what long chunks save in
+    weights they may read again in activations. Raises UsageError with the least that is needed if
+    no chunk is within the budget.
     """
     if budget is None:
         program = form.program(shape, activation, in_place=in_place)
         return program, plan(program), CHUNK
+    best: tuple[Program, Plan, int] | None = None
     for chunk in _chunks(shape.tokens):
         program = form.program(shape, activation, chunk=chunk, budget=budget, in_place=in_place)
         planned = plan(program)
-        if planned.nbytes <= budget:
-            return program, planned, chunk
-    raise UsageError(
-        f"a memory budget of {budget:,} bytes is too small: {planned.nbytes:,} are the least"
-    )
+        if planned.nbytes > budget:
+            continue
+        if best is not None and _moved(form, program) >= _moved(form, best[0]):
+            break
+        best = program, planned, chunk
+    if best is None:
+        raise UsageError(
+            f"a memory budget of {budget:,} bytes is too small: {planned.nbytes:,} are the least"
+        )
+    return best
+
+
+def _moved(form: Form, program: Program) -> int:
+    return Traffic(form, program).fused()
 
 
 def _chunks(tokens: int) -> list[int]:

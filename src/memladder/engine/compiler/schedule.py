@@ -8,86 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from memladder.engine.compiler.compile import Result
-from memladder.engine.compiler.tiles import ITEM_BYTES, connection, cut
-from memladder.engine.graph.nodes import Attention, Graph, Input, Linear
-from memladder.engine.packed_layer import Form
+from memladder.engine.compiler.tiles import connection, cut
+from memladder.engine.compiler.traffic import Traffic, weight_sizes
+from memladder.engine.graph.nodes import Input
 from memladder.engine.plan import plan
-from memladder.engine.program import Program, Rows, Step
-from memladder.kernels.packed import matrix_bytes
+from memladder.engine.program import Rows, Step
 from memladder.units import mib
-
-
-def weight_sizes(form: Form) -> dict[str, int]:
-    """Bytes of everything that a step may read by name."""
-    fused = form.fused
-    sizes = {
-        name: matrix_bytes(form.format_of(name), *size) for name, size in fused.matrices.items()
-    }
-    sizes |= {name: 2 * size for name, size in fused.vectors.items()}
-    return sizes | {name: 4 * size for name, size in fused.constants.items()}
-
-
-Matrices = Mapping[str, tuple[int, int]]
-
-
-def step_bytes(program: Program, step: Step, sizes: Mapping[str, int], matrices: Matrices) -> int:
-    """Bytes that a step reads and writes: each of its operands once, and a product's activation
-    again where it does not stay in the cache."""
-    operands = (*step.reads.values(), *step.writes.values())
-    moved = sum(_size(program, rows) for rows in operands)
-    moved += sum(sizes[name] for name in step.weights.values())
-    return moved + _read_again(program, step, sizes, matrices, apart=False)
-
-
-def _size(program: Program, rows: Rows) -> int:
-    buffer = next(buffer for buffer in program.buffers if buffer.name == rows.buffer)
-    return buffer.nbytes // buffer.rows * rows.count
-
-
-def _read_again(
-    program: Program, step: Step, sizes: Mapping[str, int], matrices: Matrices, *, apart: bool
-) -> int:
-    """Bytes of a product's activation beyond its first reading: of all matrices as one product, or
-    of each `apart`."""
-    names = [name for name in step.weights.values() if name in matrices]
-    groups = [[name] for name in names] if apart else [names] if names else []
-    reads = 0
-    for group in groups:
-        rows, k = step.reads["x"].count, matrices[group[0]][1]
-        columns = sum(matrices[name][0] for name in group)
-        reads += cut(rows, columns, k, sum(sizes[name] for name in group)).reads - 1
-    return reads * _size(program, step.reads["x"]) if groups else 0
-
-
-def unfused_bytes(
-    graph: Graph, program: Program, sizes: Mapping[str, int], matrices: Matrices
-) -> int:
-    """The same if each operator were a kernel of its own, in the chunks of the program: values go
-    through global memory in fp16; attention writes its scores, and reads and writes them as
-    softmax, and reads them again. Weights are read as often as the program does."""
-    tokens = graph.shape.tokens
-    moved = sum(
-        sum(sizes[name] for name in step.weights.values())
-        + _read_again(program, step, sizes, matrices, apart=True)
-        for step in program.steps
-    )
-    for node in graph.nodes():
-        if isinstance(node, Input):
-            continue
-        columns = node.columns + sum(x.columns for x in node.inputs)
-        if isinstance(node, Linear) and node.bias is not None:
-            columns += 2 * node.columns
-        moved += tokens * columns * ITEM_BYTES
-        if isinstance(node, Attention):
-            moved += 4 * node.heads * tokens * graph.shape.seq_len * ITEM_BYTES
-    return moved
-
-
-def fused_bytes(found: Result, program: Program | None = None) -> int:
-    """Of the program, or of another one for the same layer: the sum over its steps."""
-    sizes, program = weight_sizes(found.form), program or found.program
-    matrices = found.form.fused.matrices
-    return sum(step_bytes(program, step, sizes, matrices) for step in program.steps)
 
 
 def markdown(found: Result, model: str, engine: str) -> str:
@@ -95,11 +21,9 @@ def markdown(found: Result, model: str, engine: str) -> str:
     shape, program = found.graph.shape, found.program
     sizes = weight_sizes(found.form)
     at_once = found.form.program(shape, found.activation, chunk=shape.tokens)
-    whole, chunked = fused_bytes(found, at_once), fused_bytes(found)
-    unfused, unfused_chunked = (
-        unfused_bytes(found.graph, one, sizes, found.form.fused.matrices)
-        for one in (at_once, program)
-    )
+    traffic = [Traffic(found.form, one) for one in (at_once, program)]
+    whole, chunked = (one.fused() for one in traffic)
+    unfused, unfused_chunked = (one.unfused(found.graph) for one in traffic)
     activation = "fp16" if found.activation is None else str(found.activation)
     lines = [
         f"# {model}, compiled by {engine}",
@@ -167,7 +91,7 @@ def _chunks(found: Result) -> Iterator[str]:
         program = found.form.program(shape, found.activation, chunk=chunk)
         yield (
             f"| {chunk} | {len(program.steps)} | {mib(plan(program).nbytes):,.1f} "
-            f"| {mib(fused_bytes(found, program)):,.1f} |"
+            f"| {mib(Traffic(found.form, program).fused()):,.1f} |"
         )
     yield ""
 
@@ -196,6 +120,7 @@ def _called(node: object) -> str:
 
 def _kernels(found: Result, sizes: Mapping[str, int]) -> Iterator[str]:
     """A row for each kind of step: chunks of the same size are one."""
+    traffic = Traffic(found.form, found.program)
     groups: dict[tuple[object, ...], list[Step]] = {}
     for step in found.program.steps:
         rows = next(iter(step.writes.values())).count
@@ -214,9 +139,7 @@ def _kernels(found: Result, sizes: Mapping[str, int]) -> Iterator[str]:
         called = step.kernel + "".join(
             f" {step.values[name]}" for name in ("activation", "function") if step.values.get(name)
         )
-        size = max(
-            step_bytes(found.program, other, sizes, found.form.fused.matrices) for other in steps
-        )
+        size = max(map(traffic.of, steps))
         yield (
             f"| {called} | {len(steps)} | {', '.join(_buffers(step.reads))} ({rows} rows) "
             f"| {', '.join(matrices)} | {', '.join(_buffers(step.writes))} | {tile} | {waves} "
