@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from memladder import formats
 from memladder.case import Shape
 from memladder.engine import packed_layer, packing
+from memladder.engine import reference as packed_reference
 from memladder.engine.compiler import layers
 from memladder.engine.execute import Execution
 from memladder.engine.plan import plan
@@ -49,6 +51,25 @@ def error(made: LayerConfig, shape: Shape, cache_dir: Path, **options: Any) -> f
     output = found.output.float().numpy().reshape(shape.batch_size, shape.seq_len, -1)
     path = weights.ensure(made, cache_dir, 0)
     return reference.error(output, reference.output(made, path, shape, 0))
+
+
+def test_the_packed_layers_reference_turns_by_its_frequencies(cache_dir: Path) -> None:
+    config, shape = narrow("llama"), Shape(1, 600)
+    packed = packed_layer.load(packing.ensure(config, formats.get("fp16"), cache_dir, 0))
+    sources = layers.ensure(config, cache_dir).sources
+    path = weights.ensure(config, cache_dir, 0)
+    expected = reference.output(config, path, shape, 0)
+
+    def found(factor: float) -> float:
+        name = "rotary.frequencies"
+        turned = packed.vectors | {name: packed.vectors[name] * factor}
+        other = replace(packed, vectors=turned)
+        output = packed_reference.output(config, other, sources, shape, 0, None)
+        return reference.error(output, expected)
+
+    # The weights are float16 in both; transformers' frequencies are off by a last bit.
+    assert found(1) < 1e-5
+    assert found(1.01) > 1e-2
 
 
 @pytest.mark.parametrize("model", ["llama", "bloom"])

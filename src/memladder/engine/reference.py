@@ -51,6 +51,8 @@ def output(
         _round(module.block, activation, stored)
     if "alibi.slopes" in packed.vectors:
         _make_alibi_relative(module, packed.vectors["alibi.slopes"])
+    if "rotary.frequencies" in packed.vectors:
+        _rotate_by(module, packed.vectors["rotary.frequencies"])
     states = torch.from_numpy(hidden_states(config, shape, seed)).to(device).float()
     with torch.inference_mode():
         found: np.ndarray = module(states).cpu().numpy()
@@ -78,6 +80,19 @@ def _make_alibi_relative(module: nn.Module, slopes: Tensor) -> None:
     distance = positions - positions.unsqueeze(1)
     module.get_buffer("alibi").zero_()
     module.register_buffer("mask", mask + slopes.view(-1, 1, 1) * distance, persistent=False)
+
+
+def _rotate_by(module: nn.Module, frequencies: Tensor) -> None:
+    """Angles of the packed frequencies, those of RoFormer's formula rounded once.
+
+    transformers computes them in float32, by a power that CPUs round differently: a last bit is
+    2e-4 of an angle at position 4096, enough for 8-bit codes of one token in twenty to differ.
+    """
+    for name, function in (("cos", torch.cos), ("sin", torch.sin)):
+        held = module.get_buffer(name)  # [1, seq_len, head_dim]
+        positions = torch.arange(held.shape[-2], device=held.device).float()
+        angles = positions.outer(frequencies.float()).repeat(1, 2)
+        module.register_buffer(name, function(angles).expand_as(held), persistent=False)
 
 
 def _tensors(
