@@ -3,9 +3,8 @@
     python benchmarks/traffic.py [--output FILE.md] [--models llama,bloom] [--formats fp16,int4]
 
 Every kind of step of a layer's program runs once under `ncu`, the caches empty before it, and is
-held against what `schedule.md` says. What is still in the cache
-when a kernel ends is not counted: up to 50 MB of what it wrote. Exit status 1 where `ncu` counted
-other launches than were made.
+held against what `schedule.md` says. What is still in the cache when a kernel ends is not counted:
+up to 50 MB of what it wrote. Exit status 1 where `ncu` counted other launches than were made.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ NCU = [
 
 @dataclass(frozen=True)
 class Predicted:
-    """A step: what it is, bytes of its operands, and how many kernels it launches."""
+    """A step: what it is, bytes that it should move, and how many kernels it launches."""
 
     kernel: str
     matrices: str

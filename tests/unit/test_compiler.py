@@ -224,21 +224,17 @@ def test_tiles_follow_the_index_maps() -> None:
     assert tiles.connection(wide, Product(512, "", wide, "up"), (128, 64)) == "global"
 
 
-def test_what_the_tile_of_a_product_moves() -> None:
-    # One row: the weight once, the activation once, the output once.
+def test_how_often_a_product_reads_its_activation() -> None:
     one = tiles.cut(1, 28672, 8192, 2 * 28672 * 8192)
-    assert one.nbytes == 2 * (28672 * 8192 + 8192 + 28672)
-    assert one.rows == 16
+    assert (one.rows, one.reads) == (16, 1)
     many = tiles.cut(4096, 8192, 8192, 2 * 8192 * 8192)
-    assert (many.rows, many.columns) == (128, 256)
     # 32 by 32 tiles are 8 waves of 132; 4 by 224 are 7.
-    assert many.nbytes == 2 * (8192 * 8192 + 8 * 4096 * 8192 + 4096 * 8192)
-    assert tiles.cut(512, 57344, 8192, 2 * 57344 * 8192).nbytes == 2 * (
-        57344 * 8192 + 7 * 512 * 8192 + 512 * 57344
-    )
+    assert (many.rows, many.columns, many.reads) == (128, 256, 8)
+    # The weight once for each row of tiles, the activation once for each column.
+    assert many.cache_bytes == 2 * (32 * 8192 * 8192 + 32 * 4096 * 8192)
+    assert tiles.cut(512, 57344, 8192, 2 * 57344 * 8192).reads == 7
     # Weights and activation fit.
-    small = tiles.cut(512, 4096, 1024, 2 * 4096 * 1024)
-    assert small.nbytes == 2 * (4096 * 1024 + 512 * 1024 + 512 * 4096)
+    assert tiles.cut(512, 4096, 1024, 2 * 4096 * 1024).reads == 1
 
 
 def test_of_all_chunks_that_fit_the_one_that_moves_least_is_taken(cache_dir: Path) -> None:

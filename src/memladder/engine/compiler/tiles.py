@@ -89,12 +89,11 @@ def connection(producer: Node, consumer: Node, tile: Tile) -> str:
 
 @dataclass(frozen=True)
 class Cut:
-    """A product's tile; bytes from memory and from the cache; waves over the multiprocessors; and
-    how often the activation is read from memory."""
+    """A product's tile; bytes from the cache; waves over the multiprocessors; and how often the
+    activation is read from memory."""
 
     rows: int
     columns: int
-    nbytes: int
     cache_bytes: int
     waves: float
     reads: int
@@ -112,9 +111,8 @@ def cut(tokens: int, columns: int, k: int, weight_bytes: int) -> Cut:
             stays = weight_bytes / max(waves, 1) + activation <= CACHE_BYTES // 2
             # Kernels for few rows have the cache let go of weights first.
             reads = 1 if stays or tokens <= _ROWS[-1] else math.ceil(waves)
-            nbytes = weight_bytes + reads * activation + tokens * columns * ITEM_BYTES
             cached = weight_bytes * down + activation * across
-            found.append(Cut(rows, width, nbytes, cached, waves, reads))
+            found.append(Cut(rows, width, cached, waves, reads))
 
     def cost(c: Cut) -> tuple[float, ...]:
         idle = math.ceil(c.waves) / c.waves
