@@ -84,17 +84,21 @@ def _program(
 def _cut(fused: Fused, attention: Attention) -> Node:
     """The first node after attention on which alone all later ones depend."""
     nodes = ordered(fused.output)
-    for node in nodes:
-        before = {id(other) for other in ordered(node)}
-        later = [other for other in nodes if id(other) not in before]
-        reads = {id(x) for other in later for x in other.inputs} & before
+    place = {id(node): number for number, node in enumerate(nodes)}
+    # Where the latest reader of all before a node is: beyond the node, it reads past it.
+    latest = 0
+    readers = [0] * len(nodes)
+    for number, node in enumerate(nodes):
+        for x in node.inputs:
+            readers[place[id(x)]] = number
+    for number, node in enumerate(nodes):
         if (
-            id(attention) in before
+            number > place[id(attention)]
             and node.columns == fused.input.columns
-            and reads <= {id(node)}
-            and not isinstance(node, Attention)
+            and latest <= number
         ):
             return node
+        latest = max(latest, readers[number])
     raise GraphError(f"a layer that ends with attention {attention.source!r}")
 
 
@@ -211,12 +215,24 @@ class _Chunk:
 
     def emit(self, node: Node, out: Rows | None = None) -> Rows:
         """Steps that compute the node, into `out` if that is given; where it is then."""
-        if id(node) not in self.places:
-            found = [self.emit(x) for x in node.inputs]
-            place = out or self.builder.new(_stem(node), self.size, node.columns)
-            self._step(node, found, place)
-            self.places[id(node)] = place
+        # A graph may be deeper than Python's stack.
+        waiting = [node]
+        while waiting:
+            first = waiting[-1]
+            missing = [x for x in first.inputs if id(x) not in self.places]
+            if id(first) in self.places:
+                waiting.pop()
+            elif missing:
+                waiting.extend(reversed(missing))
+            else:
+                found = [self.places[id(x)] for x in first.inputs]
+                place = out if out is not None and first is node else self._new(first)
+                self._step(first, found, place)
+                self.places[id(first)] = place
         return self.places[id(node)]
+
+    def _new(self, node: Node) -> Rows:
+        return self.builder.new(_stem(node), self.size, node.columns)
 
     def _step(self, node: Node, reads: list[Rows], out: Rows) -> None:
         builder = self.builder

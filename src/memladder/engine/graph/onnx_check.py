@@ -1,5 +1,5 @@
-"""Whether an ONNX graph is one: operators as ONNX's own schemas have them, types and shapes that fit
-each other, each name given once and before it is read. What comes after may rely on that.
+"""Whether an ONNX graph is one: operators as ONNX's own schemas have them, types and shapes that
+fit each other, each name given once and before it is read. What comes after may rely on that.
 """
 
 from __future__ import annotations

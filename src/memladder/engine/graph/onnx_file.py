@@ -38,9 +38,9 @@ BITS = {
     **dict.fromkeys(("INT4", "UINT4", "FLOAT4E2M1"), 4),
     **dict.fromkeys(("INT2", "UINT2"), 2),
 }
-"""Bits of an element in a file, by ONNX's name of its type; elements of less than a byte follow each
-other without a gap, the first in the lowest bits (onnx.proto, TensorProto.raw_data). Strings and
-complex numbers are no part of a layer."""
+"""Bits of an element in a file, by ONNX's name of its type. Elements of less than a byte follow
+each other without a gap, the first in the lowest bits (onnx.proto, TensorProto.raw_data). Strings
+and complex numbers are no part of a layer."""
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,8 @@ def read(path: Path, given: Mapping[str, np.ndarray] | None = None) -> Model:
     """
     proto = _parsed(path)
     graph = proto.graph
-    names = [t.name for t in graph.initializer]
-    if len(set(names)) != len(names) or graph.sparse_initializer:
+    stored = {t.name for t in graph.initializer}
+    if len(stored) != len(graph.initializer) or graph.sparse_initializer:
         raise GraphError(f"{path}: two constants of one name, or sparse ones")
     opset = max((o.version for o in proto.opset_import if o.domain in _DOMAINS), default=0)
     if opset < _LEAST_OPSET:
@@ -264,6 +264,6 @@ def _entry(path: Path, entries: Mapping[str, str], key: str, name: str, default:
     text = entries.get(key, str(default))
     if not (text.isascii() and text.isdigit() and len(text) < 20):
         raise GraphError(
-            f"{path}: external data of {name!r} has {key} {text[:40]!r}, which is no number of bytes"
+            f"{path}: external data of {name!r} has {key} {text[:40]!r}; a number of bytes wanted"
         )
     return int(text)

@@ -29,7 +29,7 @@ from memladder.engine.graph.nodes import (
     Norm,
     Pointwise,
     Rotary,
-    ordered,
+    between,
 )
 
 FUNCTIONS = ("silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "relu_squared", "sigmoid", "tanh")
@@ -38,6 +38,9 @@ FUNCTIONS = ("silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "relu_squared", 
 # Numbers of a model in float16 are rounded to 11 bits: tanh's and erf's GELU, 5e-4 apart, are told
 # apart by which of them is nearer.
 _NEAR = 1e-3
+# Operators of the longest spelling of a function or norm. Without an end, a chain of n operators is
+# evaluated n³ times.
+_LONGEST = 24
 Rule = Callable[[Node, Nodes], Node | None]
 
 
@@ -92,7 +95,7 @@ def norm(node: Node, nodes: Nodes) -> Node | None:
     for leaf in _leaves(node, (Pointwise, Mean, Columns, Norm)):
         if leaf.columns != node.columns:
             continue
-        within = _between(node, leaf)
+        within = between(node, leaf)
         groups = {other.group for other in within if isinstance(other, Mean | Norm)}
         if not groups:
             continue
@@ -196,11 +199,11 @@ FOLDS: tuple[Rule, ...] = (scaled_linear, attention_scale)
 
 
 def _leaves(node: Node, kinds: tuple[type[Node], ...]) -> Iterator[Node]:
-    """Nodes that all paths to `node` go through, by way of `kinds` alone; the nearest first."""
-    order = {id(other): number for number, other in enumerate(ordered(node))}
+    """Nodes that all paths to `node` go through, by way of `kinds` alone and of `_LONGEST` nodes at
+    the most; the nearest first."""
     leaves = {id(node): node}
-    while True:
-        last = max(leaves.values(), key=lambda leaf: order[id(leaf)])
+    for _ in range(_LONGEST):
+        last = max(leaves.values(), key=lambda leaf: leaf.depth)
         weighted = isinstance(last, Norm) and (last.weight is not None or last.bias is not None)
         if not isinstance(last, kinds) or weighted:
             return
@@ -208,12 +211,6 @@ def _leaves(node: Node, kinds: tuple[type[Node], ...]) -> Iterator[Node]:
         leaves |= {id(other): other for other in last.inputs}
         if len(leaves) == 1:
             yield next(iter(leaves.values()))
-
-
-def _between(node: Node, leaf: Node) -> list[Node]:
-    """`node` and all that it needs, up to the leaf."""
-    before = {id(other) for other in ordered(leaf)}
-    return [other for other in ordered(node) if id(other) not in before]
 
 
 def _rows(columns: int) -> Tensor:
