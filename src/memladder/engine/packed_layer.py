@@ -21,6 +21,7 @@ from torch import Tensor
 
 from memladder import formats
 from memladder.case import Shape
+from memladder.engine.cache import CacheShape
 from memladder.engine.compiler import fused_json
 from memladder.engine.compiler.builder import CHUNK
 from memladder.engine.compiler.fused import Fused
@@ -88,8 +89,14 @@ class Form:
         chunk: int = CHUNK,
         budget: int = 0,
         in_place: bool = True,
+        cache: CacheShape | None = None,
     ) -> Program:
-        """The layer's steps at a shape; see `lower`. Raises UsageError for one that is not its."""
+        """The layer's steps at a shape; see `lower`. Raises UsageError for one that is not its.
+
+        One layer has programs of three kinds: without a `cache`; with one, of many new tokens a
+        sequence (a chunk of a prompt: `Shape(1, cache.chunk)`); and of one (a step of decoding:
+        `Shape(sequences, 1)`).
+        """
         if self.shape not in (None, shape):
             raise UsageError(f"this layer was compiled for {self.shape}; {shape} was asked for")
         return lower(
@@ -100,6 +107,7 @@ class Form:
             chunk=chunk,
             budget=budget,
             in_place=in_place,
+            cache=cache,
         )
 
 
