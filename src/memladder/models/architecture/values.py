@@ -20,7 +20,7 @@ _ALIASES = {"kimi_k2": "deepseek_v3", "deepseek": "deepseek_v2", "mistral3_text"
 
 @cache
 def _defaults() -> Mapping[str, Any]:
-    text = resources.files("memladder.models").joinpath("defaults.json").read_text("utf-8")
+    text = resources.files(__package__).joinpath("defaults.json").read_text("utf-8")
     found: Mapping[str, Any] = json.loads(text)["families"]
     return found
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from memladder.models.architecture import CacheSpec, Split, TensorSpec
-from memladder.models.values import Values
+from memladder.models.architecture.values import Values
 
 Tensors = list[TensorSpec]
 
@@ -101,7 +101,9 @@ def latent_attention(v: Values, norms: bool = True) -> tuple[Tensors, CacheSpec]
         found += linear(f"{name}.indexer.wq_b", indexers * width, q_rank, split=Split.NONE)
         found += linear(f"{name}.indexer.wk", width, hidden, split=Split.NONE)
         found += linear(f"{name}.indexer.weights_proj", indexers, hidden, split=Split.NONE)
-        found += vectors(("self_attn.indexer.k_norm.weight", "self_attn.indexer.k_norm.bias"), width)
+        found += vectors(
+            ("self_attn.indexer.k_norm.weight", "self_attn.indexer.k_norm.bias"), width
+        )
         indexer = width
     return found, CacheSpec(latent=rank + rope, indexer=indexer)
 

@@ -1,4 +1,4 @@
-"""A `config.json` to an `Architecture`: which layer is of which kind, and what stands around them."""
+"""A `config.json` to an `Architecture`: the kind of each layer, and what stands around them."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ from collections.abc import Mapping
 from typing import Any
 
 from memladder.core.errors import ConfigError
-from memladder.models import blocks
 from memladder.models.architecture import (
     Architecture,
     CacheSpec,
     LayerSpec,
     Split,
     TensorSpec,
+    blocks,
     grouped,
 )
-from memladder.models.blocks import Tensors
-from memladder.models.families import FAMILIES, Family, canonical, family
-from memladder.models.towers import tower_parameters
-from memladder.models.values import Values
+from memladder.models.architecture.blocks import Tensors
+from memladder.models.architecture.families import FAMILIES, Family, canonical, family
+from memladder.models.architecture.towers import tower_parameters
+from memladder.models.architecture.values import Values
 
 _TEXT = ("text_config", "llm_config", "language_config", "thinker_config", "language_model")
 _MAX_LAYERS = 4096
@@ -63,7 +63,7 @@ def read(raw: Mapping[str, Any]) -> Architecture:
     layers = []
     for index, kind in enumerate(kinds):
         follows = shared and index >= len(kinds) - shared
-        layers.append(_layer(values, row, kind, index, len(kinds), bool(follows)))
+        layers.append(_layer(values, row, kind, index, bool(follows)))
     tied = bool(outer.get("tie_word_embeddings", values.get("tie_word_embeddings")))
     positions = values.count("max_position_embeddings", "n_positions", "seq_length")
     quantisation = raw.get("quantization_config") or text.get("quantization_config")
@@ -181,7 +181,7 @@ def _mixer_kind(v: Values, row: Family, index: int) -> str:
     return "mixer"
 
 
-def _layer(v: Values, row: Family, kind: str, index: int, count: int, follows: bool) -> LayerSpec:
+def _layer(v: Values, row: Family, kind: str, index: int, follows: bool) -> LayerSpec:
     hidden = v.size("hidden_size")
     tensors: Tensors = []
     cache = CacheSpec()
@@ -200,8 +200,8 @@ def _layer(v: Values, row: Family, kind: str, index: int, count: int, follows: b
         cache = CacheSpec(cache.kv_heads, cache.key_size, cache.value_size, window=cache.window,
                           shared=True)  # fmt: skip
     inner = experts = chosen = expert_inner = 0
-    if _has_mlp(v, row, kind):
-        sparse = kind != "mlp" and _is_moe(v, row, index, kind)
+    if _has_mlp(v, kind):
+        sparse = kind != "mlp" and _is_moe(v, index, kind)
         if sparse:
             parts, experts, chosen, expert_inner = _experts(v, row, hidden)
             tensors += parts
@@ -231,13 +231,13 @@ def _mixer(v: Values, row: Family, hidden: int) -> tuple[Tensors, CacheSpec]:
     return blocks.mamba2(v, hidden)
 
 
-def _has_mlp(v: Values, row: Family, kind: str) -> bool:
+def _has_mlp(v: Values, kind: str) -> bool:
     if v.family == "nemotron_h":
         return kind in ("mlp", "moe")
     return v.family not in ("mamba", "mamba2", "falcon_mamba")
 
 
-def _is_moe(v: Values, row: Family, index: int, kind: str) -> bool:
+def _is_moe(v: Values, index: int, kind: str) -> bool:
     if kind == "moe":
         return True
     if not v.count("n_routed_experts", "num_experts", "num_local_experts", "moe_num_experts"):
@@ -248,7 +248,7 @@ def _is_moe(v: Values, row: Family, index: int, kind: str) -> bool:
         return False
     kinds = v.said("mlp_layer_types")
     if isinstance(kinds, list) and index < len(kinds):
-        return kinds[index] != "dense"
+        return str(kinds[index]) != "dense"
     if v.get("moe_layer_interval"):
         last = v.get("moe_layer_end_index")
         within = v.count("moe_layer_start_index") <= index
@@ -257,7 +257,7 @@ def _is_moe(v: Values, row: Family, index: int, kind: str) -> bool:
     if index < v.count("first_k_dense_replace", "num_dense_layers"):
         return False
     if v.get("moe_layers") is not None and v.said("moe_layers"):
-        return index in v.said("moe_layers")
+        return index in list(v.said("moe_layers"))
     for name in ("decoder_sparse_step", "interleave_moe_layer_step"):
         if v.get(name):
             return (index + 1) % v.size(name) == 0
@@ -319,6 +319,7 @@ def _norms(v: Values, row: Family, hidden: int) -> Tensors:
     found = blocks.vectors([f"norm_{n}.weight" for n in range(count)], hidden)
     if row.norm_bias:
         found += blocks.vectors([f"norm_{n}.bias" for n in range(count)], hidden)
+    found += blocks.vectors(["mlp.act_fn"] * bool(row.gains), row.gains)
     per_layer = v.count("hidden_size_per_layer_input")
     if per_layer:
         found += blocks.linear("per_layer_input_gate", per_layer, hidden)

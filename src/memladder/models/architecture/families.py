@@ -5,9 +5,9 @@ Whoever adds a family adds a row. Tests hold each one's parameter count against 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from memladder.models.blocks import AttentionForm as Form
+from memladder.models.architecture.blocks import AttentionForm as Form
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,8 @@ class Family:
 
     `norms` counts norms of the hidden width a layer; `pattern` says which layers are full among
     windowed ones (every n-th, where the file does not say); `mixer` is what a layer that is no
-    attention has. `router_bias` counts vectors of the number of experts beside the router.
+    attention has. `router_bias` counts vectors of the number of experts beside the router, `gains`
+    numbers that the activation learns. `fused`: one matrix makes queries, keys and values.
     """
 
     form: Form = field(default_factory=Form)
@@ -41,14 +42,15 @@ class Family:
     expert_bias: bool = False
     router_bias: int = 0
     shared_gate: bool = False
-    fused: str | None = None  # name of a fused projection of queries, keys and values
+    fused: bool = False
+    gains: int = 0
 
 
 _QK = Form(qk_norm="head")
 _NO_BIAS = Form(False, False)
 _BIAS = Form(True, True)
 _QKV = Form(True, False)
-_GPT = {"norm_bias": True, "gated": False, "mlp_bias": True}
+_GPT = Family(_BIAS, norm_bias=True, gated=False, mlp_bias=True)
 
 FAMILIES: dict[str, Family] = {
     # Dense, after LLaMA.
@@ -76,7 +78,7 @@ FAMILIES: dict[str, Family] = {
     "helium": Family(Form("attention_bias", False)),
     "arcee": Family(gated=False),
     "nemotron": Family(norm_bias=True, gated=False),
-    "apertus": Family(_QK, gated=False),
+    "apertus": Family(_QK, gated=False, gains=2),
     "ernie4_5": Family(Form("use_bias", "use_bias"), mlp_bias="use_bias"),
     "hunyuan_v1_dense": Family(_QK),
     "internlm3": Family(Form("qkv_bias", "bias"), mlp_bias="bias"),
@@ -86,21 +88,22 @@ FAMILIES: dict[str, Family] = {
         window="always",
     ),
     # After GPT: LayerNorm with bias, two matrices in the MLP.
-    "bloom": Family(_BIAS, embedding_norm=True, rotary=False, alibi=True, inner_of_hidden=4,
-                    fused="self_attention.query_key_value", **_GPT),
-    "falcon": Family(Form("bias", "bias"), norms=1, norm_bias=True, gated=False, mlp_bias="bias",
-                     inner="ffn_hidden_size", inner_of_hidden=4, fused="qkv"),
-    "gpt_neox": Family(Form("attention_bias", "attention_bias"), fused="qkv", **_GPT),
-    "gpt2": Family(_BIAS, positions=0, rotary=False, inner="n_inner", inner_of_hidden=4,
-                   fused="qkv", **_GPT),
-    "gptj": Family(_NO_BIAS, norms=1, head_bias=True, inner="n_inner", inner_of_hidden=4, **_GPT),
-    "gpt_bigcode": Family(_BIAS, positions=0, rotary=False, inner="n_inner", inner_of_hidden=4,
-                          fused="qkv", **_GPT),
-    "opt": Family(Form("enable_bias", "enable_bias"), positions=2, rotary=False, inner="ffn_dim",
-                  norm_bias=True, gated=False, mlp_bias="enable_bias"),
+    "bloom": replace(_GPT, embedding_norm=True, rotary=False, alibi=True, inner_of_hidden=4,
+                     fused=True),
+    "falcon": replace(_GPT, form=Form("bias", "bias"), norms=1, mlp_bias="bias",
+                      inner="ffn_hidden_size", inner_of_hidden=4, fused=True),
+    "gpt_neox": replace(_GPT, form=Form("attention_bias", "attention_bias"), fused=True),
+    "gpt2": replace(_GPT, positions=0, rotary=False, inner="n_inner", inner_of_hidden=4,
+                    fused=True),
+    "gptj": replace(_GPT, form=_NO_BIAS, norms=1, head_bias=True, inner="n_inner",
+                    inner_of_hidden=4),
+    "gpt_bigcode": replace(_GPT, positions=0, rotary=False, inner="n_inner", inner_of_hidden=4,
+                           fused=True),
+    "opt": replace(_GPT, form=Form("enable_bias", "enable_bias"), positions=2, rotary=False,
+                   inner="ffn_dim", mlp_bias="enable_bias"),
     "mpt": Family(_NO_BIAS, gated=False, mlp_bias=False, rotary=False, alibi=True,
-                  inner_of_hidden=4, fused="qkv"),
-    "phi": Family(_BIAS, norms=1, head_bias=True, **_GPT),
+                  inner_of_hidden=4, fused=True),
+    "phi": replace(_GPT, norms=1, head_bias=True),
     # Experts.
     "mixtral": Family(_NO_BIAS, window="always"),
     "qwen2_moe": Family(Form("qkv_bias", False), expert_inner="moe_intermediate_size",
