@@ -51,7 +51,9 @@ class BitsAndBytesNf4(Quantised):
         ).to(weight.device)
         made.bias = linear.bias
         # Where tiles or blocks don't divide the matrix, repacking would fail.
-        made.support_avx512bf16_for_cpu = _repacks(*weight.shape, weight.device.type)
+        made.support_avx512bf16_for_cpu = _repacks(
+            linear.out_features, linear.in_features, weight.device.type
+        )
         module: nn.Module = made
         return module
 
@@ -88,7 +90,11 @@ class BitsAndBytesNf4(Quantised):
 
     def format_settings(self, job: Job) -> Mapping[str, Setting]:
         """Blocks and storage, and whether the CPU has matrices repacked."""
-        asked = {"quant_type": "nf4", "blocksize": _BLOCK, "compress_statistics": True}
+        asked: dict[str, Setting] = {
+            "quant_type": "nf4",
+            "blocksize": _BLOCK,
+            "compress_statistics": True,
+        }
         if job.case.device != "cpu":
             return asked
         shapes = [shape for shape in tensor_shapes(job.config).values() if len(shape) == 2]
