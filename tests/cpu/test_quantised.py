@@ -150,7 +150,7 @@ def test_what_changes_on_first_use_is_used_before_it_is_compiled(
         log_path=tmp_path / "log",
         module="changing",
         model_names=[model],
-        shapes=[Shape(2, 5)],
+        shapes=[Workload(2, 5)],
     )
     assert found.agrees, found
     # Beside the layer in float32, weights are rounded to the dtype only.
