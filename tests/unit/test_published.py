@@ -5,14 +5,15 @@ import sys
 
 import pytest
 
-from memladder.case import FIGURE_MODELS, FIGURE_SHAPES, FIGURE_SYSTEMS, Case
-from memladder.report.published import published, rerun
+from memladder.core.case import Case
+from memladder.paper.published import published, rerun
+from memladder.paper.rows import MODELS, SHAPES, SYSTEMS
 
 FIGURE_IDS = {
     Case(model, system, shape, "cpu").id
-    for model in FIGURE_MODELS
-    for system in FIGURE_SYSTEMS
-    for shape in FIGURE_SHAPES
+    for model in MODELS
+    for system in SYSTEMS
+    for shape in SHAPES
 }
 
 
@@ -66,7 +67,7 @@ def test_values_cannot_be_changed():
 
 def test_reading_them_needs_neither_numpy_nor_matplotlib():
     program = (
-        "import sys; from memladder.report.published import published; published(); "
+        "import sys; from memladder.paper.published import published; published(); "
         "sys.exit(bool({'numpy', 'matplotlib', 'torch'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

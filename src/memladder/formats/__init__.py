@@ -14,10 +14,13 @@ import importlib
 import pkgutil
 from typing import TYPE_CHECKING
 
-from memladder.errors import FormatError
+from memladder.core.errors import FormatError
 
 if TYPE_CHECKING:
     from memladder.formats.base import Format
+
+ACTIVATIONS = {"fp8": "fp8", "mxfp8": "mxfp8", "int1": "int8"}
+"""Weight formats whose products take activations in a format of their own; all others take fp16."""
 
 _NOT_FORMATS = {"base", "elements", "mx"}
 _FLAGS = {"true": True, "false": False}

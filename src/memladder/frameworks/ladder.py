@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from memladder import formats
-from memladder.case import FIGURE_SYSTEMS, Case
+from memladder.core.case import Case
 from memladder.frameworks.base import Availability, Framework, Job, Session, Setting
 from memladder.frameworks.torch_common import (
     compute_capability,
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    from memladder.engine.packed_layer import PackedLayer
+    from memladder.engine.packed.packed_layer import PackedLayer
     from memladder.formats.base import Format
 
 _INSTALL = {
@@ -58,7 +58,9 @@ class Ladder(Framework):
     def __init__(self, activation: str, weight: str) -> None:
         self.activation = activation
         self.weight = weight
-        self.title = f"Ladder-W_{weight.upper()} A_{activation.upper()}"
+        plain = (activation, weight) == ("fp16", "fp16")
+        formats_told = "" if plain else f"-W_{weight.upper()} A_{activation.upper()}"
+        self.title = f"Ladder{formats_told}"
 
     def availability(self, device: str) -> Availability:
         """On CUDA it needs a CUDA build of torch, Triton, and a GPU that has what it uses."""
@@ -96,9 +98,9 @@ class Ladder(Framework):
 
     def prepare(self, job: Job) -> None:
         """The packed layer, and before it the layer compiled from ONNX, for all shapes."""
-        from memladder.engine import packing
+        from memladder.engine.compile import layers
 
-        packing.ensure(job.config, formats.get(self.weight), job.cache_dir, job.seed)
+        layers.ensure_packed(job.config, formats.get(self.weight), job.cache_dir, job.seed)
 
     def makes(self, job: Job) -> str:
         """The same for all shapes."""
@@ -106,18 +108,18 @@ class Ladder(Framework):
 
     def weight_bytes(self, job: Job) -> int:
         """All tensors of the packed layer."""
-        from memladder.engine.compiler import layers
-        from memladder.engine.packed_layer import Form
+        from memladder.engine.compile import layers
+        from memladder.engine.packed.packed_layer import Form
 
         fused = layers.ensure(job.config, job.cache_dir).fused
         return Form(fused, formats.get(self.weight), {}).nbytes
 
     def reference(self, job: Job) -> np.ndarray | None:
         """The layer in fp32 on the dequantised weights, activations rounded alike."""
-        from memladder.engine import packed_layer, packing, reference
-        from memladder.engine.compiler import layers
+        from memladder.engine.compile import layers
+        from memladder.engine.packed import packed_layer, reference
 
-        path = packing.ensure(job.config, formats.get(self.weight), job.cache_dir, job.seed)
+        path = layers.ensure_packed(job.config, formats.get(self.weight), job.cache_dir, job.seed)
         return reference.output(
             job.config,
             packed_layer.load(path),
@@ -153,12 +155,15 @@ class _Session(Session):
         os.environ.setdefault("TRITON_CACHE_DIR", str(job.cache_dir / "triton"))
         import torch
 
-        from memladder.engine import driver, execute, packed_layer, packing, plan
+        from memladder.engine.compile import layers
+        from memladder.engine.packed import packed_layer
+        from memladder.engine.program import plan
+        from memladder.engine.run import driver, execute
 
         self._torch, self._driver = torch, driver
         self._device = torch.device(job.case.device)
         self._execute, self._plan = execute, plan
-        self._packing, self._packed_layer = packing, packed_layer
+        self._layers, self._packed_layer = layers, packed_layer
         kernels = "cuda" if self._on_cuda else "naive"
         self._kernels = importlib.import_module(f"memladder.kernels.{kernels}")
         self._variant = variant
@@ -178,7 +183,7 @@ class _Session(Session):
         """Map the packed layer. On the CPU its pages come in when the first pass reads them; on
         CUDA it is copied into one block."""
         job = self.job
-        path = self._packing.ensure(job.config, self._weight, job.cache_dir, job.seed)
+        path = self._layers.ensure_packed(job.config, self._weight, job.cache_dir, job.seed)
         self._layer: PackedLayer = self._packed_layer.load(path)
         if self._on_cuda:
             block = self._empty(self._packed_layer.device_bytes(self._layer))
@@ -201,7 +206,7 @@ class _Session(Session):
             self._states = self._torch.zeros(self._execution.input.shape, dtype=self._torch.float16)
             self._execution.input.copy_(self._states)
             with memory_errors():
-                self._graph = self._driver.Graph(self._execution.run, self._device)
+                self._graph = self._driver.CudaGraph(self._execution.run, self._device)
             fill_hidden_states(self._states.numpy(), job.seed)
 
     def _empty(self, size: int) -> Tensor:
@@ -227,7 +232,7 @@ class _Session(Session):
 
     def settings(self) -> Mapping[str, Setting]:
         """Formats, the arena, and the kernels that ran."""
-        from memladder.engine.compiler.builder import CHUNK
+        from memladder.engine.program.builder import CHUNK
         from memladder.models import onnx_export, parameters
 
         on_device = (
@@ -265,11 +270,13 @@ class _Session(Session):
 
 
 def _variants() -> dict[str, Ladder]:
-    figure = [name.removeprefix("ladder_") for name in FIGURE_SYSTEMS if "ladder_" in name]
-    pairs = [(name.partition("_")[0], name.partition("_")[2]) for name in figure]
-    drawn = {weight for _, weight in pairs}
-    pairs += [("fp16", name) for name in formats.names() if name not in drawn | _NO_WEIGHTS]
-    return {f"{activation}_{weight}": Ladder(activation, weight) for activation, weight in pairs}
+    """A variant a weight format, with the activations that go with it."""
+    pairs = ((formats.ACTIVATIONS.get(name, "fp16"), name) for name in formats.names())
+    return {
+        f"{activation}_{weight}": Ladder(activation, weight)
+        for activation, weight in pairs
+        if weight not in _NO_WEIGHTS
+    }
 
 
 FRAMEWORK = Ladder("fp16", "fp16")

@@ -8,12 +8,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from memladder.case import Shape
-from memladder.errors import ConfigError, UnavailableError
+from memladder.core.case import Workload
+from memladder.core.errors import ConfigError, UnavailableError
 from memladder.models import Widths, fields
 
 if TYPE_CHECKING:
     import torch
+
+TITLE = "LLAMA"
 
 VALUES: Mapping[str, Any] = {
     "model_type": "llama",
@@ -141,7 +143,9 @@ def block(values: Mapping[str, Any]) -> torch.nn.Module:
     return layer
 
 
-def inputs(values: Mapping[str, Any], shape: Shape, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def inputs(
+    values: Mapping[str, Any], shape: Workload, dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
     """What LlamaModel passes besides the hidden states: `cos`, `sin` [1, seq_len, head_dim]."""
     import torch
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding

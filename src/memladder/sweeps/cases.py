@@ -1,0 +1,63 @@
+"""Which cases a sweep measures, read from what the user typed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from memladder import frameworks, models
+from memladder.core.case import Case, Workload
+from memladder.core.errors import UsageError
+from memladder.environments import ask
+from memladder.frameworks.base import Availability
+
+
+def availability(framework: str, device: str) -> Availability:
+    """Whether a framework can run on `device` here. Raises UsageError for an unknown one."""
+    return ask.availability(framework, frameworks.get(framework), device)
+
+
+def parse_models(text: str) -> tuple[str, ...]:
+    """Comma-separated model names. Raises UsageError."""
+    return _parse_names("model", text, models.names())
+
+
+def parse_frameworks(text: str, first: Iterable[str] = ()) -> tuple[str, ...]:
+    """Comma-separated keys, or `all`, which begins with `first`. Raises UsageError."""
+    known = tuple(dict.fromkeys((*first, *frameworks.names())))
+    return known if text == "all" else _parse_names("framework", text, known)
+
+
+def parse_shapes(text: str) -> tuple[Workload, ...]:
+    """Comma-separated `BATCHxSEQ`. Raises UsageError."""
+    return tuple(dict.fromkeys(Workload.parse(part) for part in _parts("shape", text)))
+
+
+def select(
+    model_names: Iterable[str],
+    framework_names: Iterable[str],
+    shapes: Iterable[Workload],
+    device: str,
+) -> tuple[Case, ...]:
+    """The cases in the order they are measured: by model, then framework, smallest shape first."""
+    in_order = sorted(shapes, key=lambda shape: shape.tokens)
+    return tuple(
+        Case(model, framework, shape, device)
+        for model in model_names
+        for framework in framework_names
+        for shape in in_order
+    )
+
+
+def _parse_names(kind: str, text: str, known: tuple[str, ...]) -> tuple[str, ...]:
+    names = tuple(dict.fromkeys(_parts(kind, text)))
+    for name in names:
+        if name not in known:
+            raise UsageError(f"unknown {kind} {name!r}; known: {', '.join(known)}")
+    return names
+
+
+def _parts(kind: str, text: str) -> list[str]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(parts):
+        raise UsageError(f"{kind} list {text!r} has an empty entry")
+    return parts
