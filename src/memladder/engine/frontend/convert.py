@@ -46,7 +46,9 @@ def load(path: Path, given: Mapping[str, np.ndarray] | None = None) -> Graph:
     Raises GraphError, one line, for a file that can't be read and for operators, types and layouts
     that are not supported; it names operator and node.
     """
-    return convert(onnx_file.read(path, given))
+    with blamed(f"{path}"):
+        model = onnx_file.read(path, given)
+    return convert(model)
 
 
 def convert(model: Model) -> Graph:

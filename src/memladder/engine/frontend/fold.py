@@ -136,7 +136,7 @@ def _output_bytes(operator: Operator, given: Sequence[np.ndarray | None], opset:
         for name, array in named.items()
     }
     data = {
-        name: numpy_helper.from_array(np.ascontiguousarray(array), name)
+        name: numpy_helper.from_array(np.asarray(array, order="C"), name)
         for name, array in named.items()
         if array.size <= _MOST_SIZES
     }

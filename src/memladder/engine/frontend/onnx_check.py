@@ -73,7 +73,7 @@ def _check_types(path: Path, proto: Any) -> None:
                 helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
             )
     try:
-        shape_inference.infer_shapes(light, check_type=True, strict_mode=True, data_prop=True)
+        shape_inference.infer_shapes(light, check_type=True, strict_mode=True)
     except (shape_inference.InferenceError, ValueError, TypeError, RuntimeError) as error:
         raise GraphError(f"{path}: {_line(error)}") from None
 
