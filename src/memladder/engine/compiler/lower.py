@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from memladder.case import Shape
 from memladder.engine.compiler.builder import CHUNK, Builder, ahead_chunk, free_chunk, in_chunks
 from memladder.engine.compiler.fused import Fused, Glu, NamedNorm, Product
-from memladder.engine.graph.nodes import Attention, Node, Pointwise, Rotary, ordered
+from memladder.engine.graph.nodes import Attention, Input, Node, Pointwise, Rotary, ordered
 from memladder.engine.program import Program, Rows, Value
 from memladder.errors import GraphError
 from memladder.formats.base import Format
@@ -212,9 +212,12 @@ class _Chunk:
     def emit(self, node: Node, out: Rows | None = None) -> Rows:
         """Steps that compute the node, into `out` if that is given; where it is then."""
         if id(node) not in self.places:
+            if isinstance(node, Input):
+                raise _OverlapError
             found = [self.emit(x) for x in node.inputs]
             place = out or self.builder.new(_stem(node), self.size, node.columns)
             self._step(node, found, place)
+            self.places = {key: x for key, x in self.places.items() if not x.overlaps(place)}
             self.places[id(node)] = place
         return self.places[id(node)]
 
