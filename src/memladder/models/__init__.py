@@ -25,6 +25,7 @@ from typing import Any
 from memladder.core.errors import ConfigError, UsageError
 
 _NOT_MODELS = {
+    "architecture",
     "cache",
     "fields",
     "gguf_export",
