@@ -30,6 +30,7 @@ from memladder.measure.processes import (
 _LEASH = 0
 _GIVE_UP_S = 30.0
 _TOLD_TO_END = 128 + signal.SIGTERM
+_NOT_OURS = (signal.SIGINT, signal.SIGHUP)
 
 
 def main(arguments: list[str]) -> int:
@@ -61,6 +62,9 @@ def _wake_on_signals() -> int:
     signal.set_wakeup_fd(wake_end)
     signal.signal(signal.SIGCHLD, _ignore)
     signal.signal(signal.SIGTERM, _note)
+    # What a terminal or a parent sends to everybody is the runner's to heed.
+    for number in _NOT_OURS:
+        signal.signal(number, signal.SIG_IGN)
     return wake
 
 
@@ -80,6 +84,8 @@ def _spawn(command: list[str], control: int) -> int:
         return pid
     try:
         prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        for number in _NOT_OURS:
+            signal.signal(number, signal.SIG_DFL)
         if os.getppid() != guard:
             os._exit(_TOLD_TO_END)
         # When host memory runs out, the kernel shall take the worker first.
@@ -127,8 +133,11 @@ def _end_all() -> None:
 
 def _die_of(number: int) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    if number != signal.SIGKILL:
+    # SIGKILL, and the two that the C library keeps for itself, can't be set.
+    with contextlib.suppress(OSError, ValueError):
         signal.signal(number, signal.SIG_DFL)
+    with contextlib.suppress(OSError, ValueError):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [number])
     os.kill(os.getpid(), number)
 
 
