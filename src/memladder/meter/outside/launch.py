@@ -114,8 +114,7 @@ class GuardedWorker:
         return [
             pid
             for pid in below
-            if processes.session(pid) == self._guard.pid
-            or processes.has_variable(pid, self._mark)
+            if processes.session(pid) == self._guard.pid or processes.has_variable(pid, self._mark)
         ]
 
     def answer(self, line: bytes) -> None:
