@@ -1,4 +1,4 @@
-"""Starting other programs: the one place that does, so that none imports from the working directory.
+"""Starting other programs, in this one place: none imports from the working directory.
 
 The guard alone forks by itself (`meter.inside.guard`). Standard library only.
 """
@@ -10,7 +10,6 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
 
 _START = Path(__file__).absolute().with_name("start.py")
 _SAFE = {"PYTHONSAFEPATH": "1"}

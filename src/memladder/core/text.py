@@ -19,7 +19,7 @@ _SEQUENCE = re.compile(
 
 
 def clean(text: str, limit: int = MAX_TEXT) -> str:
-    r"""One line without escape sequences, control and format characters; `limit` characters at most.
+    r"""One line of at most `limit` characters, without escapes, controls and format characters.
 
     >>> clean("\x1b[31mred\x1b[0m\n and\tmore\u202e\x00")
     'red and more'

@@ -15,15 +15,15 @@ from types import TracebackType
 from typing import Self
 
 from memladder.core import children, processes
-from memladder.environments import interpreter
 from memladder.core.errors import WorkerError
+from memladder.environments import interpreter
 from memladder.meter.protocol import MAX_LINE, Order, encode
 
 # The guard kills at once; a process stuck in a driver call may take its time to die.
 _END_S = 40.0
 _REAP_S = 0.01
 _PYTHON = {"PYTHONUNBUFFERED": "1"}
-_TOKEN = "MEMLADDER_WORKER"
+_MARK = "MEMLADDER_WORKER"
 
 
 class GuardedWorker:
@@ -40,9 +40,9 @@ class GuardedWorker:
         self._events, events = os.pipe()
         control, self._control = os.pipe()
         self._closing = threading.Lock()
-        self._mark = f"{_TOKEN}={uuid.uuid4().hex}"
+        number = uuid.uuid4().hex
+        self._mark = f"{_MARK}={number}"
         python = interpreter.chosen(order.jobs[0].case.framework)
-        name, _, value = self._mark.partition("=")
         self._buffer = b""
         self.output_ended = False
         try:
@@ -52,7 +52,7 @@ class GuardedWorker:
                 stdout=output,
                 stderr=output,
                 pass_fds=(control, events),
-                env={**python.environ(), **variables, **_PYTHON, name: value},
+                env={**python.environ(), **variables, **_PYTHON, _MARK: number},
             )
             for descriptor in (leash, events, control):
                 os.close(descriptor)
