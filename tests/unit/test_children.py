@@ -15,11 +15,16 @@ from memladder.core import children
 
 SOURCE = Path(children.__file__).parents[1]
 PROCESSES = {"subprocess", "multiprocessing", "pty", "asyncio"}
+ENDS = ("l", "lp", "v", "vp")
 STARTERS = {
     *("system", "popen", "fork", "forkpty", "posix_spawn", "posix_spawnp"),
-    *(f"{kind}{end}" for kind in ("exec", "spawn") for end in "l le lp lpe v ve vp vpe".split()),
+    *(
+        f"{kind}{end}"
+        for kind in ("exec", "spawn")
+        for end in ["l", "le", "lp", "lpe", "v", "ve", "vp", "vpe"]
+    ),
 }
-# The helper; the guard, which forks a command that the helper made; a constant and an exception.
+# The helper, and the guard, which forks a command that the helper has made.
 ALLOWED = {
     "core/children.py": {"subprocess.run", "subprocess.Popen"},
     "meter/inside/guard.py": {"os.fork", "os.execv"},

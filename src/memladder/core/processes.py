@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import threading
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -52,6 +53,33 @@ def prctl(option: int, value: int) -> None:
     if libc.prctl(option, ctypes.c_ulong(value), 0, 0, 0) != 0:
         number = ctypes.get_errno()
         raise OSError(number, f"prctl({option}): {os.strerror(number)}")
+
+
+class Adoption:
+    """Makes this process the parent of whoever below it is orphaned, as long as anyone wants it.
+
+    Threads may share one; `enter` and `leave` come in pairs.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._wanted = 0
+
+    def enter(self) -> None:
+        """Adopt from now on."""
+        with self._lock:
+            self._wanted += 1
+            prctl(PR_SET_CHILD_SUBREAPER, 1)
+
+    def leave(self) -> None:
+        """Whoever is orphaned later goes to another, once nobody else has entered."""
+        with self._lock:
+            self._wanted -= 1
+            if not self._wanted:
+                prctl(PR_SET_CHILD_SUBREAPER, 0)
+
+
+ADOPTION = Adoption()
 
 
 def descendants(pid: int) -> tuple[int, ...]:

@@ -128,10 +128,9 @@ def _end_all() -> None:
 
 def _die_of(number: int) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    # SIGKILL, and the two that the C library keeps for itself, can't be set.
-    with contextlib.suppress(OSError, ValueError):
+    # The C library keeps two to itself.
+    if number != signal.SIGKILL and number in signal.valid_signals():
         signal.signal(number, signal.SIG_DFL)
-    with contextlib.suppress(OSError, ValueError):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [number])
     os.kill(os.getpid(), number)
 

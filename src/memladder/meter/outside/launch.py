@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import select
 import signal
@@ -34,8 +33,8 @@ class GuardedWorker:
     """
 
     def __init__(self, order: Order, variables: Mapping[str, str], output: int) -> None:
-        # Whoever the guard can't end any more, because it was killed, becomes a child of ours.
-        processes.prctl(processes.PR_SET_CHILD_SUBREAPER, 1)
+        # Whom the guard can't end any more, because it was killed, we can.
+        processes.ADOPTION.enter()
         leash, self._leash = os.pipe()
         self._events, events = os.pipe()
         control, self._control = os.pipe()
@@ -60,6 +59,7 @@ class GuardedWorker:
         except BaseException:
             # The guard ends when its leash does.
             os.close(self._leash)
+            processes.ADOPTION.leave()
             raise
 
     def __enter__(self) -> Self:
@@ -81,6 +81,7 @@ class GuardedWorker:
                 time.sleep(_REAP_S)
             self._end_orphans()
         finally:
+            processes.ADOPTION.leave()
             os.close(self._events)
             os.close(self._control)
 
@@ -139,13 +140,11 @@ class GuardedWorker:
     def _end_orphans(self) -> None:
         """Kill and reap what the guard has left, as long as there is any."""
         deadline = time.monotonic() + _END_S
-        while left := self.orphans():
+        # A dead one that is not reaped has lost its environment, and may have had its own session.
+        left: set[int] = set()
+        while left := {pid for pid in {*left, *self.orphans()} if not _ended(pid)}:
             if time.monotonic() > deadline:
-                raise WorkerError(f"process {left[0]}, which the worker started, can't be ended")
-            for pid in left:
-                with contextlib.suppress(ProcessLookupError, ChildProcessError):
-                    os.kill(pid, signal.SIGKILL)
-                    os.waitpid(pid, os.WNOHANG)
+                raise WorkerError(f"process {min(left)}, which the worker started, can't be ended")
             time.sleep(_REAP_S)
 
     def _write(self, data: bytes) -> None:
@@ -155,6 +154,18 @@ class GuardedWorker:
             except BrokenPipeError:
                 # The worker is gone; its exit status says more than this.
                 return
+
+
+def _ended(pid: int) -> bool:
+    """Kill a process; is it gone, and reaped?"""
+    try:
+        os.kill(pid, signal.SIGKILL)
+        return os.waitpid(pid, os.WNOHANG)[0] == pid
+    except ProcessLookupError:
+        return True
+    except (ChildProcessError, PermissionError):
+        # Its parent, if that dies too, leaves it to us.
+        return False
 
 
 def _command(python: Path, control: int, events: int) -> list[str]:

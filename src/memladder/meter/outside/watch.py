@@ -180,7 +180,7 @@ class Watch:
                 if time.monotonic() > ended + _DRAIN_S:
                     break
             elif worker.stopped():
-                self._end(worker, self._failed("the guard of the worker was stopped"))
+                self._end(worker, self._failed("the worker's guard was stopped"))
                 break
             try:
                 for line in worker.lines(_WAIT_S):
