@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from memladder.core.errors import GraphError
 from memladder.engine.graph.fused import Fused, Glu, NamedNorm, Product
-from memladder.engine.graph.nodes import Attention, Node, Pointwise, Rotary
+from memladder.engine.graph.nodes import Attention, Input, Node, Pointwise, Rotary
 from memladder.engine.program.builder import Builder
 from memladder.engine.program.steps import Rows, Value
 
@@ -103,12 +103,16 @@ class Chunk:
             missing = [x for x in first.inputs if id(x) not in self.places]
             if id(first) in self.places:
                 waiting.pop()
+            elif isinstance(first, Input):
+                raise OverlapError
             elif missing:
                 waiting.extend(reversed(missing))
             else:
                 found = [self.places[id(x)] for x in first.inputs]
                 place = out if out is not None and first is node else self._new(first)
                 self._step(first, found, place)
+                # What lay there is gone.
+                self.places = {key: x for key, x in self.places.items() if not x.overlaps(place)}
                 self.places[id(first)] = place
         return self.places[id(node)]
 
