@@ -5,8 +5,11 @@ fit each other, each name given once and before it is read. What comes after may
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from memladder.core.errors import GraphError
 
@@ -16,15 +19,18 @@ _MOST_BYTES = 1 << 13
 _MOST_OPERATORS = 20_000
 
 
-def check(path: Path, proto: Any) -> None:
-    """Raise GraphError, one line that names the node, for a graph that breaks ONNX's rules."""
+def check(path: Path, proto: Any, replaced: Mapping[str, np.ndarray]) -> None:
+    """Raise GraphError, one line that names the node, for a graph that breaks ONNX's rules.
+
+    `replaced`: constants that are taken from elsewhere, in another type perhaps.
+    """
     graph = proto.graph
     if len(graph.node) > _MOST_OPERATORS:
         raise GraphError(f"{path}: {len(graph.node):,} operators; {_MOST_OPERATORS:,} are the most")
     _check_names(path, graph)
     for number, node in enumerate(graph.node):
         _check_node(path, proto, node, f"{node.op_type} {node.name or f'node {number}'!r}")
-    _check_types(path, proto)
+    _check_types(path, proto, replaced)
 
 
 def _check_names(path: Path, graph: Any) -> None:
@@ -52,7 +58,7 @@ def _check_node(path: Path, proto: Any, node: Any, what: str) -> None:
         raise GraphError(f"{path}: operator {what}: {_line(error)}") from None
 
 
-def _check_types(path: Path, proto: Any) -> None:
+def _check_types(path: Path, proto: Any, replaced: Mapping[str, np.ndarray]) -> None:
     """Types and shapes of all values, by ONNX's own rules of what operators make of them."""
     import onnx
     from onnx import ModelProto, TensorProto, helper, shape_inference
@@ -66,12 +72,14 @@ def _check_types(path: Path, proto: Any) -> None:
     given = {value.name for value in proto.graph.input}
     for tensor in proto.graph.initializer:
         external = tensor.data_location == TensorProto.EXTERNAL
-        if not external and tensor.ByteSize() <= _MOST_BYTES:
+        own, dtype = replaced.get(tensor.name), tensor.data_type
+        if own is not None:
+            dtype = helper.np_dtype_to_tensor_dtype(own.dtype)
+        if own is None and not external and tensor.ByteSize() <= _MOST_BYTES:
             light.graph.initializer.append(tensor)
         elif tensor.name not in given:
-            light.graph.input.append(
-                helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
-            )
+            info = helper.make_tensor_value_info(tensor.name, dtype, tensor.dims)
+            light.graph.input.append(info)
     try:
         shape_inference.infer_shapes(light, check_type=True, strict_mode=True)
     except (shape_inference.InferenceError, ValueError, TypeError, RuntimeError) as error:

@@ -95,7 +95,7 @@ def read(path: Path, given: Mapping[str, np.ndarray] | None = None) -> Model:
         what = "input" if len(inputs) != 1 else "output"
         raise GraphError(f"{path}: one {what} is wanted, the hidden states; it has: {names[:200]}")
     sizes = _sizes(path, inputs[0])
-    onnx_check.check(path, proto)
+    onnx_check.check(path, proto, given or {})
     operators, made = _operators(path, graph.node)
     constants |= made
     if len(sizes) != 3:
