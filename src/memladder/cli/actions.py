@@ -103,11 +103,25 @@ def draw_published(output_dir: Path) -> None:
 
 
 def draw_store(path: Path, output_dir: Path) -> None:
-    """Draw the measured figure and its table from a store."""
+    """Draw the measured figure and its table from a store: one for each device in it."""
     contents = _read_store(path)
     if not contents.records:
         raise UsageError(f"{path} holds no records")
-    _draw(contents.records, contents.verifications, output_dir)
+    plans = [record for record in contents.records if record.plan is not None]
+    ran = [record for record in contents.records if record.plan is None]
+    for device in dict.fromkeys(record.case.device for record in ran or plans):
+        # A plan is of its target, wherever it was made; one made on this device comes last.
+        one_each = {
+            record.case.id: record
+            for record in sorted(plans, key=lambda plan: plan.case.device == device)
+        }
+        _draw(
+            [*(record for record in ran if record.case.device == device), *one_each.values()],
+            [item for item in contents.verifications if item.device == device],
+            output_dir,
+        )
+        if not ran:
+            break
 
 
 def _draw(
@@ -136,7 +150,8 @@ def _layers(records: Iterable[Record]) -> str:
     """Which layers were measured, where they are not the figure's."""
     found = {
         record.case.model: f"{FIGURE_MODELS.get(record.case.model, record.case.model)} layer of "
-        f"{record.layer.parameters:,} parameters, hidden size {record.layer.config['hidden_size']}"
+        f"{record.layer.parameters:,} parameters, "
+        f"hidden size {record.layer.config.get('hidden_size', 'unknown')}"
         for record in records
         if record.layer is not None
     }
@@ -213,7 +228,7 @@ def _measure_one(job: Job, options: serial.SweepOptions, kept: store.Store) -> R
             frameworks.get(name),
             repeats=options.repeats,
             limits=options.limits,
-            log_path=kept.log_path(job.case.id),
+            log_path=kept.log_path(kept.name(job.case)),
             on_event=lambda event: status.update(f"{job.case.id}: {event}"),
         )
 
@@ -234,6 +249,8 @@ def sweep(request: Request) -> int:
     """Measure the figure's cases here, draw them. 0 when all that could run was measured."""
     from memladder.sweeps.live import SweepView
 
+    if request.results is not None:
+        store.require_results(request.results)
     device = environment.resolve_device(request.device)
     names = sweep_cases.parse_frameworks(request.frameworks)
     shapes = sweep_cases.parse_shapes(request.shapes)
@@ -256,7 +273,11 @@ def sweep(request: Request) -> int:
     ]
     records = [*outcome.records, *unavailable]
     if request.results is not None:
-        store.merge_results(request.results, list(outcome.records), list(outcome.verifications))
+        told = store.merge_results(
+            request.results, list(outcome.records), list(outcome.verifications)
+        )
+        for line in told:
+            print(f"warning: {line}", file=sys.stderr)
     _draw(records, outcome.verifications, request.output_dir)
     return 0 if outcome.succeeded else 1
 
@@ -464,8 +485,8 @@ def calibrate(device: str, output_dir: Path) -> int:
 
 def _read_store(path: Path) -> store.Contents:
     contents = store.read(path)
-    for name, reason in contents.foreign.items():
-        print(f"warning: {name} is not a record of memladder ({reason}); left out", file=sys.stderr)
+    for line in contents.complaints():
+        print(f"warning: {line}; left out", file=sys.stderr)
     return contents
 
 

@@ -7,7 +7,6 @@ Times are of CLOCK_MONOTONIC, which all processes of a machine share, in nanosec
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,21 +134,21 @@ _KINDS: dict[str, type[Message]] = {
 
 def encode(message: Message | Order) -> bytes:
     """A message as one line."""
-    return json.dumps({type(message).__name__: serial.to_json(message)}).encode() + b"\n"
+    return serial.dumps({type(message).__name__: message}).encode() + b"\n"
 
 
 def decode(line: bytes) -> Message:
     """The message in a line. Raises ValueError when it is not exactly one."""
     try:
-        ((name, body),) = json.loads(line).items()
+        ((name, body),) = serial.loads(line).items()
         return serial.from_json(_KINDS[name], body)
-    except (ValueError, KeyError, AttributeError, RecursionError, MemladderError) as error:
+    except (ValueError, KeyError, AttributeError, MemladderError) as error:
         raise ValueError(f"not a worker's message: {line[:60]!r}") from error
 
 
 def decode_order(line: bytes) -> Order:
     """The order in a line. Raises ValueError."""
-    return serial.from_json(Order, json.loads(line)["Order"])
+    return serial.from_json(Order, serial.loads(line)["Order"])
 
 
 def one_line(text: str) -> str:

@@ -21,7 +21,6 @@ import torch
 from memladder import models
 from memladder.core.case import Workload
 from memladder.core.errors import CacheError, FormatError, MemladderError
-from memladder.core.files import write_atomic
 from memladder.core.serial import from_json, to_json
 from memladder.engine.graph.fused import Parameters
 from memladder.engine.packed import packing
@@ -48,14 +47,14 @@ def ensure(config: LayerConfig, cache_dir: Path) -> CompiledLayer:
     """
     models.definition(config.model).require_fixed_positions(config.values)
     path = _path(config, cache_dir)
-    if not path.exists():
-        with cache.writing(path.parent):
-            # Another process may have been quicker.
-            if not path.exists():
-                outline = path.with_name(f"outline-{onnx_export.version()}.onnx")
-                with cache.replacing(outline) as part:
-                    part.write_bytes(_outlined(config))
-                write_atomic(path, _compiled(outline, config))
+
+    def make(part: Path) -> None:
+        outline = path.with_name(f"outline-{onnx_export.version()}.onnx")
+        with cache.replacing(outline) as outline_part:
+            outline_part.write_bytes(_outlined(config))
+        part.write_text(_compiled(outline, config), encoding="utf-8")
+
+    cache.made(path, make)
     try:
         return _read(json.loads(path.read_bytes()))
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -66,7 +65,7 @@ def ensure_apart(config: LayerConfig, cache_dir: Path) -> CompiledLayer:
     """The same; what has to be made is made by a process of its own, which takes the exporter and
     its 300 MiB along when it ends."""
     models.definition(config.model).require_fixed_positions(config.values)
-    if not _path(config, cache_dir).exists():
+    if not cache.is_whole(_path(config, cache_dir)):
         done = subprocess.run(
             [sys.executable, "-m", __name__],
             input=json.dumps([config.model, config.values, str(cache_dir)]),
