@@ -294,9 +294,9 @@ def test_whatever_is_in_a_record_only_that_record_is_lost(tmp_path: Path, seed: 
     assert list(contents.foreign) in ([], [path])
     assert all("\n" not in line for line in contents.complaints())
     records = contents.records
-    table.to_markdown(table.rows(records))
-    table.to_csv(table.rows(records))
-    table.to_json(table.rows(records))
+    table.to_markdown(table.rows(records, {}))
+    table.to_csv(table.rows(records, {}))
+    table.to_json(table.rows(records, {}))
     console = Console(file=io.StringIO(), width=120)
     for record in records:
         show.print_record(record, console)
@@ -305,7 +305,7 @@ def test_whatever_is_in_a_record_only_that_record_is_lost(tmp_path: Path, seed: 
         cells.cells_from(records, contents.verifications)
         cells.notes_from(records)
         cells.device_label(records)
-        table.to_markdown_report(records, contents.verifications)
+        table.to_markdown_report(records, contents.verifications, {})
     kept.save(examples.record())
 
 

@@ -125,21 +125,26 @@ def draw_store(path: Path, output_dir: Path) -> None:
     contents = _read_store(path)
     if not contents.records:
         raise UsageError(f"{path} holds no records")
-    plans = [record for record in contents.records if record.plan is not None]
-    ran = [record for record in contents.records if record.plan is None]
-    for device in dict.fromkeys(record.case.device for record in ran or plans):
-        # A plan is of its target, wherever it was made; one made on this device comes last.
-        one_each = {
-            record.case.id: record
-            for record in sorted(plans, key=lambda plan: plan.case.device == device)
-        }
-        _draw(
-            [*(record for record in ran if record.case.device == device), *one_each.values()],
-            [item for item in contents.verifications if item.device == device],
-            output_dir,
-        )
-        if not ran:
-            break
+    for device, records in _by_device(contents.records).items():
+        checks = [item for item in contents.verifications if item.device == device]
+        _draw(records, checks, output_dir)
+
+
+def _by_device(records: Sequence[Record]) -> dict[str, list[Record]]:
+    """What one figure can show, in the records' order: a device's records, and every plan, which is
+    of its target wherever it was made; of two of a case, the one made on the device."""
+    plans = [record for record in records if record.plan is not None]
+    ran = [record for record in records if record.plan is None]
+    found = {}
+    for device in dict.fromkeys(record.case.device for record in ran or plans[:1]):
+        last = sorted(plans, key=lambda plan: plan.case.device == device)
+        shown = {record.case.id: record for record in last}
+        found[device] = [
+            record
+            for record in records
+            if (record.case.device == device if record.plan is None else record in shown.values())
+        ]
+    return found
 
 
 def _draw(

@@ -100,6 +100,11 @@ class Checked:
 
 
 @dataclass(frozen=True)
+class Prepared:
+    """Everything that the session will read is there. A library may end a process with status 0."""
+
+
+@dataclass(frozen=True)
 class Planned:
     """What the framework's compiler says of the job."""
 
@@ -126,9 +131,10 @@ class Failure:
     hint: str | None
 
 
-Message = PhaseStart | Hold | Finished | Checked | Planned | Failure
+Message = PhaseStart | Hold | Finished | Checked | Prepared | Planned | Failure
 _KINDS: dict[str, type[Message]] = {
-    kind.__name__: kind for kind in (PhaseStart, Hold, Finished, Checked, Planned, Failure)
+    kind.__name__: kind
+    for kind in (PhaseStart, Hold, Finished, Checked, Prepared, Planned, Failure)
 }
 
 

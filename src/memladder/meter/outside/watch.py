@@ -10,7 +10,7 @@ from pathlib import Path
 
 from memladder.core.devices import Device
 from memladder.core.host import HostMemory
-from memladder.core.record import Status
+from memladder.core.record import PHASES, Status
 from memladder.meter.environment import RUNNER_VARIABLES
 from memladder.meter.outside.launch import GuardedWorker, how_it_ended
 from memladder.meter.outside.sampler import HostGuard, Sampler
@@ -28,6 +28,7 @@ from memladder.meter.protocol import (
     Order,
     PhaseStart,
     Planned,
+    Prepared,
     decode,
     one_line,
 )
@@ -73,6 +74,7 @@ class Story:
     starts: list[PhaseStart] = field(default_factory=list)
     finished: Finished | None = None
     checked: list[Checked] = field(default_factory=list)
+    prepared: bool = False
     planned: Planned | None = None
     samples: Samples = field(default_factory=Samples)
     others: Mapping[int, tuple[str, int | None]] = field(default_factory=dict)
@@ -168,6 +170,7 @@ class Watch:
 
     def _take(self, message: Message, worker: GuardedWorker, sampler: Sampler) -> None:
         story = self.story
+        require_order(story, message, time.monotonic_ns())
         match message:
             case PhaseStart():
                 story.starts.append(message)
@@ -180,6 +183,8 @@ class Watch:
                 story.finished = message
             case Checked():
                 story.checked.append(message)
+            case Prepared():
+                story.prepared = True
             case Planned():
                 story.planned = message
             case Failure():
@@ -243,11 +248,26 @@ class Watch:
             case Mode.PLAN:
                 return self.story.planned is not None
             case Mode.PREPARE:
-                return True
+                return self.story.prepared
 
     def _memory_was_short(self) -> bool:
         killed = self._host.oom_kills() > self._kills_before
         return killed or self._memory.fullest > _NEARLY_FULL
+
+
+def require_order(story: Story, message: Message, now_ns: int) -> None:
+    """Raise ValueError for a message that can't follow those before it, or is of the future."""
+    match message:
+        case PhaseStart(name, ns):
+            done = [start.name for start in story.starts]
+            follows = name in PHASES and not set(PHASES[PHASES.index(name) :]) & set(done)
+        case Hold(ns) | Finished(ns=ns):
+            follows = bool(story.starts)
+        case _:
+            return
+    last = story.starts[-1].ns if story.starts else 0
+    if not follows or story.finished is not None or not last <= ns <= now_ns:
+        raise ValueError(f"a worker's message out of order: {message!s:.120}")
 
 
 def last_words(log: Path, start: int) -> str:
