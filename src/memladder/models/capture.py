@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from memladder.case import Shape
-from memladder.errors import ConfigError
+from memladder.core.case import Workload
+from memladder.core.errors import ConfigError
 
 MAX_LAYERS = 4096
 DROPPED = ("quantization_config", "auto_map", "attn_implementation", "experts_implementation")
@@ -89,6 +89,18 @@ class Decoder:
         self.blocks_name, self.blocks = _blocks(self.model, self.config.num_hidden_layers)
 
     @property
+    def hidden_size(self) -> int:
+        """Width of what the layers read and write."""
+        size: int = self.config.hidden_size
+        return size
+
+    @property
+    def embedding_size(self) -> int:
+        """Width of an embedding, which a model may project before its layers."""
+        size: int = self.model.get_input_embeddings().weight.shape[-1]
+        return size
+
+    @property
     def attention(self) -> str:
         """How transformers computes attention: `sdpa` or `eager`."""
         found: str = self.config._attn_implementation
@@ -107,7 +119,7 @@ class Decoder:
         return StaticCache(config=self.config, max_cache_len=tokens)
 
     def calls(
-        self, workload: Shape, dtype: torch.dtype, device: str = "cpu", keep: bool = False
+        self, workload: Workload, dtype: torch.dtype, device: str = "cpu", keep: bool = False
     ) -> list[Call]:
         """What each layer is passed when `workload.past` tokens a sequence are in its cache.
 
@@ -118,9 +130,8 @@ class Decoder:
             past = self.static_cache(workload.past + workload.seq_len)
             for layer in past.layers:
                 _pretend(layer, workload, dtype)
-        width = self.model.get_input_embeddings().weight.shape[-1]
-        states = torch.zeros(1, 1, 1, dtype=dtype, device=device)
-        states = states.expand(workload.batch_size, workload.seq_len, width)
+        one = torch.zeros((), dtype=dtype, device=device)
+        states = one.expand(workload.batch_size, workload.seq_len, self.embedding_size)
         given = {"inputs_embeds": states, "use_cache": past is not None}
         if past is not None:
             given[_cache_name(self.model)] = past
@@ -150,7 +161,7 @@ def call_block(block: nn.Module, states: Tensor, call: Call) -> Tensor:
     return out
 
 
-def _built(config: Any) -> nn.Module:
+def _built(config: Any) -> Any:
     from transformers import AutoModelForCausalLM
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -159,8 +170,7 @@ def _built(config: Any) -> nn.Module:
     # transformers' SDPA path leaves a soft cap of the scores out without a word.
     capped = getattr(config, "attn_logit_softcapping", None)
     chosen = {"attn_implementation": "eager"} if capped is not None else {}
-    model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False, **chosen)
-    return model
+    return AutoModelForCausalLM.from_config(config, trust_remote_code=False, **chosen)
 
 
 def _check_sizes(config: Any) -> None:
@@ -204,11 +214,11 @@ class _OtherFormError(Exception):
     """The layers give back their states in another form than was tried."""
 
 
-def _recorded(model: nn.Module, blocks: nn.ModuleList, given: dict[str, Any]) -> list[Call]:
+def _recorded(model: Any, blocks: nn.ModuleList, given: dict[str, Any]) -> list[Call]:
     """Each layer's call. A layer gives back its states alone, or first in a tuple: both are tried,
     and the right one is that by which all layers see states of the same shape."""
     originals = list(blocks)
-    shape = tuple(given["inputs_embeds"].shape)
+    shape = (*given["inputs_embeds"].shape[:2], model.config.hidden_size)
     reason: Exception | None = None
     for form in range(4):
         calls: list[Call] = []
@@ -228,7 +238,7 @@ def _recorded(model: nn.Module, blocks: nn.ModuleList, given: dict[str, Any]) ->
     raise ConfigError(f"the layers of {type(model).__name__} can't be called apart: {text}")
 
 
-def _pretend(layer: Any, workload: Shape, dtype: torch.dtype) -> None:
+def _pretend(layer: Any, workload: Workload, dtype: torch.dtype) -> None:
     """Let a cache's layer say that the past is in it, with one number a token."""
     if not hasattr(layer, "max_cache_len") or layer.is_initialized:
         return
@@ -244,7 +254,7 @@ def set_length(layer: Any, tokens: int) -> None:
         layer.cumulative_length_int = tokens
 
 
-def _cache_name(model: nn.Module) -> str:
+def _cache_name(model: Any) -> str:
     """transformers 5.24 gave the argument another name."""
     names = inspect.signature(model.forward).parameters
     return "cache" if "cache" in names else "past_key_values"
@@ -281,7 +291,7 @@ def _parameters_on_meta() -> Iterator[None]:
             parameter = nn.Parameter(parameter.to("meta"), requires_grad=False)
         original(module, name, parameter)
 
-    nn.Module.register_parameter = register  # type: ignore[method-assign]
+    nn.Module.register_parameter = register  # type: ignore[assignment]
     try:
         yield
     finally:

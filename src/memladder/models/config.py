@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from memladder.case import Shape
-from memladder.errors import ConfigError
+from memladder.core.case import Workload
+from memladder.core.errors import ConfigError
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -26,7 +26,7 @@ class CacheGeometry:
     tokens where one is given. `latent` is the width of the one vector a token from which all heads
     can be computed (MLA). A `recurrent` layer keeps a state of fixed size, which is not counted.
 
-    >>> CacheGeometry(8, 128, 128).elements(Shape(2, 1, past=4095))
+    >>> CacheGeometry(8, 128, 128).elements(Workload(2, 1, past=4095))
     16777216
     """
 
@@ -37,29 +37,34 @@ class CacheGeometry:
     latent: int | None = None
     recurrent: bool = False
 
-    def elements(self, workload: Shape) -> int:
+    def elements(self, workload: Workload) -> int:
         """Numbers kept for past and new tokens of all sequences."""
-        tokens = workload.past + workload.seq_len
-        kept = tokens if self.window is None else min(tokens, self.window)
+        kept = workload.length if self.window is None else min(workload.length, self.window)
         return workload.batch_size * kept * self.kv_heads * (self.key_size + self.value_size)
+
+
+@dataclass(frozen=True)
+class LayerOutline:
+    """What a layer is made of: the width of its input and output, its parameters by name, a matrix
+    as [out, in], and what it keeps of earlier tokens."""
+
+    hidden_size: int
+    shapes: Shapes
+    cache: CacheGeometry
 
 
 @dataclass(frozen=True)
 class LayerConfig:
     """One decoder layer: those values of a Hugging Face `config.json` that it depends on.
 
-    `number` is the layer's own in its model: a family's layers may differ. `shapes` are its
-    parameters by name, a matrix as [out, in], and `cache` what it keeps of earlier tokens; both
-    None for the families that have a file here, which says them in closed form.
-
-    Two files that differ only elsewhere (vocabulary) give equal configurations.
+    `number` is the layer's own in its model: a family's layers may differ. `outline` is None for
+    the families that have a file here, which says it in closed form.
     """
 
     model: str
     values: Mapping[str, Any]
     number: int = 0
-    shapes: Shapes | None = None
-    cache: CacheGeometry | None = None
+    outline: LayerOutline | None = None
 
     @property
     def digest(self) -> str:

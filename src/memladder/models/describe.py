@@ -19,15 +19,21 @@ import torch
 from torch import Tensor, nn
 
 from memladder import models
-from memladder.case import Shape
-from memladder.errors import ConfigError, MemladderError
+from memladder.core.case import Workload
+from memladder.core.errors import ConfigError, MemladderError
+from memladder.core.serial import to_json
 from memladder.models import capture
 from memladder.models.capture import Call, Decoder
-from memladder.models.config import CacheGeometry, LayerConfig, LayerGroup, ModelConfig
-from memladder.serial import to_json
+from memladder.models.config import (
+    CacheGeometry,
+    LayerConfig,
+    LayerGroup,
+    LayerOutline,
+    ModelConfig,
+)
 
 # Several sequences of several tokens: layers that are called differently are told apart by it.
-_SHAPE = Shape(2, 5)
+_SHAPE = Workload(2, 5)
 # A window that is as long as the longest sequence is none.
 _LONG = 1 << 40
 # How layers name their own place, which makes no layer another one.
@@ -52,7 +58,7 @@ def describe(raw: Mapping[str, Any]) -> ModelConfig:
         family=family,
         class_name=type(decoder.model).__name__,
         values=values,
-        hidden_size=config.hidden_size,
+        hidden_size=decoder.hidden_size,
         vocab_size=table.shape[0],
         tied=head is not None and head.weight is table,
         max_positions=positions if isinstance(positions, int) else None,
@@ -112,9 +118,7 @@ def _require_decoder(decoder: Decoder) -> None:
         raise ConfigError(f"{config.model_type} is an encoder; a causal language model is wanted")
 
 
-def _groups(
-    decoder: Decoder, family: str, values: Mapping[str, Any]
-) -> tuple[LayerGroup, ...]:
+def _groups(decoder: Decoder, family: str, values: Mapping[str, Any]) -> tuple[LayerGroup, ...]:
     alone = decoder.calls(_SHAPE, torch.float32)
     cached = decoder.calls(_SHAPE, torch.float32, keep=True)
     cache = decoder.static_cache(_LONG)
@@ -122,11 +126,12 @@ def _groups(
     for number, block in enumerate(decoder.blocks):
         geometry = _geometry(block, number, cached[number], decoder, cache.layers[number])
         shapes = {name: tuple(p.shape) for name, p in block.named_parameters()}
-        key = json.dumps([shapes, to_json(geometry), list(_nature(block)), _told(alone[number])])
+        outline = LayerOutline(decoder.hidden_size, shapes, geometry)
+        key = json.dumps([to_json(outline), list(_nature(block)), _told(alone[number])])
         if key in found:
             found[key] = replace(found[key], numbers=(*found[key].numbers, number))
         else:
-            layer = _layer(family, values, number, shapes, geometry)
+            layer = _layer(family, values, number, outline)
             found[key] = LayerGroup((number,), layer)
     return tuple(found.values())
 
@@ -135,15 +140,13 @@ def _layer(
     family: str,
     values: Mapping[str, Any],
     number: int,
-    shapes: Mapping[str, tuple[int, ...]],
-    geometry: CacheGeometry,
+    outline: LayerOutline,
 ) -> LayerConfig:
     """A family that has a file here says its layers itself; transformers must agree."""
     if family not in models.names():
-        return LayerConfig(family, values, number, shapes, geometry)
+        return LayerConfig(family, values, number, outline)
     layer = LayerConfig(family, models.definition(family).read(values))
-    said = models.tensor_shapes(layer), models.cache_geometry(layer)
-    assert said == (shapes, geometry), f"{family}'s file and transformers disagree"
+    assert models.outline(layer) == outline, f"{family}'s file and transformers disagree"
     return layer
 
 
@@ -188,8 +191,8 @@ def _geometry(
 
     cache.layers[number].update = note
     on_meta = {place: tensor.to("meta") for place, tensor in call.tensors().items()}
-    width = decoder.model.get_input_embeddings().weight.shape[-1]
-    states = torch.zeros(_SHAPE.batch_size, _SHAPE.seq_len, width, device="meta")
+    sizes = (_SHAPE.batch_size, _SHAPE.seq_len, decoder.hidden_size)
+    states = torch.zeros(sizes, device="meta")
     try:
         with torch.device("meta"), torch.no_grad():
             capture.call_block(block, states, call.replaced(on_meta, cache))
