@@ -5,7 +5,7 @@ file here; nothing is downloaded and no code of a checkpoint runs. This module a
 files stay light: torch and transformers are imported when a layer is built.
 
 A model's file defines `VALUES` and `NARROW` (configurations), `read` (a `config.json` to the
-values that the layer depends on), `outline`, `widths` and `require_fixed_positions`. Any other
+values that the layer depends on), `outline` and `widths`. Any other
 family's `config.json` is read by `catalogue`, which has transformers describe it.
 """
 
@@ -14,12 +14,13 @@ from __future__ import annotations
 import importlib
 import json
 import pkgutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from memladder.core.errors import ConfigError, UsageError
+from memladder.core.errors import ConfigError, UnavailableError, UsageError
 from memladder.models.config import (
     CacheGeometry,
     LayerConfig,
@@ -47,6 +48,7 @@ __all__ = [
     "narrow_config",
     "outline",
     "parameters",
+    "require_fixed_positions",
     "tensor_shapes",
     "widths",
 ]
@@ -65,6 +67,7 @@ _NOT_MODELS = {
     "reference",
     "weights",
 }
+FIXED_ROPE_TYPES = ("default", "linear", "llama3")
 _MAX_CONFIG_BYTES = 16 << 20
 
 
@@ -148,6 +151,21 @@ def widths(config: LayerConfig) -> Widths:
     """Widths of what the layer computes."""
     found: Widths = definition(config.model).widths(config.values)
     return found
+
+
+def require_fixed_positions(config: LayerConfig) -> None:
+    """Raise UnavailableError where positions are not the same for all lengths of a sequence, or
+    their tables scale attention: no program for all lengths can have them."""
+    values = config.values
+    given = values.get("rope_scaling") or values.get("rope_parameters") or {}
+    # One for all layers, or one for each of their types.
+    for one in (given, *(part for part in given.values() if isinstance(part, Mapping))):
+        kind = one.get("rope_type", one.get("type", "default"))
+        if kind not in FIXED_ROPE_TYPES:
+            raise UnavailableError(
+                f"ladder has no rotary positions of type {str(kind)[:40]!r}; it has "
+                f"{', '.join(FIXED_ROPE_TYPES)}"
+            )
 
 
 def parameters(config: LayerConfig) -> int:

@@ -79,7 +79,3 @@ def widths(values: Mapping[str, Any]) -> Widths:
     """Of what the layer computes for each token."""
     hidden = values["hidden_size"]
     return Widths(queries=hidden, keys=hidden, inner=4 * hidden, positions=values["n_head"])
-
-
-def require_fixed_positions(values: Mapping[str, Any]) -> None:
-    """ALiBi's slopes are the same for all lengths."""

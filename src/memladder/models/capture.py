@@ -7,7 +7,9 @@ more memory than what the model passes to its layers: masks, positions, tables o
 
 from __future__ import annotations
 
+import copy
 import inspect
+import math
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,11 +18,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from memladder.core.case import Workload
+from memladder.core.case import MAX_LAYERS, Workload
 from memladder.core.errors import ConfigError
 
-MAX_LAYERS = 4096
+# Elements; what a model computes from positions has fewer.
+_LARGE = 1 << 20
 DROPPED = ("quantization_config", "auto_map", "attn_implementation", "experts_implementation")
 """What would load code or kernels, or change how the model is built."""
 
@@ -81,8 +85,9 @@ class Decoder:
 
     def __init__(self, family: str, values: Mapping[str, Any]) -> None:
         """Raises ConfigError where transformers can't build it."""
-        with _as_config_errors(family), _quiet(), _parameters_on_meta():
+        with as_config_errors(family), _quiet(), _parameters_on_meta():
             self.config = text_config(family, values)
+            _require_causal(self.config)
             _check_sizes(self.config)
             self.model = _built(self.config)
         self.model.eval().requires_grad_(False)
@@ -151,6 +156,15 @@ def text_config(family: str, values: Mapping[str, Any]) -> Any:
     # `dtype` decides in what the model is built, which is ours to say.
     kept.pop("torch_dtype", None)
     kept.pop("dtype", None)
+    # transformers standardises what it is given where it stands.
+    kept = copy.deepcopy(kept)
+    heads, size = kept.get("num_attention_heads"), kept.get("head_dim")
+    hidden = kept.get("hidden_size")
+    if all(isinstance(x, int) for x in (heads, size, hidden)) and hidden % heads:
+        # Some families refuse a width that heads do not divide, though theirs have a size given.
+        config = AutoConfig.for_model(family, **{**kept, "hidden_size": heads * size})
+        config.hidden_size = hidden
+        return config
     return AutoConfig.for_model(family, **kept)
 
 
@@ -163,14 +177,24 @@ def call_block(block: nn.Module, states: Tensor, call: Call) -> Tensor:
 
 def _built(config: Any) -> Any:
     from transformers import AutoModelForCausalLM
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise ConfigError(f"transformers has no causal language model of type {config.model_type}")
     # transformers' SDPA path leaves a soft cap of the scores out without a word.
     capped = getattr(config, "attn_logit_softcapping", None)
     chosen = {"attn_implementation": "eager"} if capped is not None else {}
     return AutoModelForCausalLM.from_config(config, trust_remote_code=False, **chosen)
+
+
+def _require_causal(config: Any) -> None:
+    """Raise ConfigError for a vision tower, an encoder with a decoder, BERT's kind."""
+    from transformers.models.auto import modeling_auto
+
+    kind = type(config)
+    if kind not in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ConfigError(f"transformers has no causal language model of type {config.model_type}")
+    masked = kind in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING
+    # transformers can run some encoders as decoders too.
+    if masked and not getattr(config, "is_decoder", False):
+        raise ConfigError(f"{config.model_type} is an encoder; a causal language model is wanted")
 
 
 def _check_sizes(config: Any) -> None:
@@ -277,6 +301,20 @@ def _outside_filled(decoder: Decoder, dtype: torch.dtype, device: str) -> Iterat
             module._parameters[leaf] = parameter
 
 
+class _LargeOnMeta(TorchFunctionMode):
+    """Large tensors are made without values: a layer's experts alone can take 30 GB."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        named = dict(kwargs or {})
+        if func in (torch.empty, torch.zeros, torch.ones) and named.get("device") is None:
+            size = named.get("size", args[0] if args and not isinstance(args[0], int) else args)
+            if math.prod(size) > _LARGE:
+                named["device"] = "meta"
+        return func(*args, **named)
+
+
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
     """Modules that are made meanwhile have parameters without values, and real buffers.
@@ -293,13 +331,14 @@ def _parameters_on_meta() -> Iterator[None]:
 
     nn.Module.register_parameter = register  # type: ignore[assignment]
     try:
-        yield
+        with _LargeOnMeta():
+            yield
     finally:
         nn.Module.register_parameter = original  # type: ignore[method-assign]
 
 
 @contextmanager
-def _as_config_errors(family: str) -> Iterator[None]:
+def as_config_errors(family: str) -> Iterator[None]:
     """transformers has many ways to fail on senseless values; all of them are one line here."""
     try:
         yield

@@ -48,8 +48,8 @@ def describe(raw: Mapping[str, Any]) -> ModelConfig:
     """
     family, values, note = _text_part(raw)
     decoder = Decoder(family, values)
-    _require_decoder(decoder)
-    groups = _groups(decoder, family, values)
+    with capture.as_config_errors(family):
+        groups = _groups(decoder, family, values)
     table = decoder.model.get_input_embeddings().weight
     head = decoder.model.get_output_embeddings()
     config = decoder.config
@@ -106,16 +106,6 @@ def _quantization(raw: Mapping[str, Any]) -> str | None:
         return None
     method = given.get("quant_method") if isinstance(given, Mapping) else None
     return method[:40] if isinstance(method, str) else "unnamed"
-
-
-def _require_decoder(decoder: Decoder) -> None:
-    """Raise ConfigError for BERT's kind, which transformers can also run as a decoder."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
-
-    config = decoder.config
-    masked = type(config) in MODEL_FOR_MASKED_LM_MAPPING
-    if masked and not getattr(config, "is_decoder", False):
-        raise ConfigError(f"{config.model_type} is an encoder; a causal language model is wanted")
 
 
 def _groups(decoder: Decoder, family: str, values: Mapping[str, Any]) -> tuple[LayerGroup, ...]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from memladder.core.errors import ConfigError, UnavailableError
+from memladder.core.errors import ConfigError
 from memladder.models import CacheGeometry, LayerOutline, Widths, fields
 
 VALUES: Mapping[str, Any] = {
@@ -40,7 +40,6 @@ LAYER_PREFIXES = ("model.layers.{}.", "layers.{}.")
 
 _ACTIVATIONS = ("silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
 _ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
-_FIXED_ROPE_TYPES = ("default", "linear", "llama3")
 _STRETCHED_ROPE_TYPES = ("llama3", "yarn", "longrope")
 _LENGTH_BEFORE = "original_max_position_embeddings"
 
@@ -124,16 +123,6 @@ def _tensor_shapes(values: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         if bias:
             shapes[f"{name}.bias"] = (rows,)
     return shapes | {"post_attention_layernorm.weight": (hidden,)}
-
-
-def require_fixed_positions(values: Mapping[str, Any]) -> None:
-    """Raise UnavailableError where angles depend on the sequence's length, or scale attention."""
-    kind = values["rope_parameters"]["rope_type"]
-    if kind not in _FIXED_ROPE_TYPES:
-        raise UnavailableError(
-            f"ladder has no rotary positions of type {kind!r}; it has "
-            f"{', '.join(_FIXED_ROPE_TYPES)}"
-        )
 
 
 def widths(values: Mapping[str, Any]) -> Widths:

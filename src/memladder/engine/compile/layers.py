@@ -46,7 +46,7 @@ def ensure(config: LayerConfig, cache_dir: Path) -> CompiledLayer:
     FormatError, one line, for a configuration that is none, CacheError where the folder can't be
     written.
     """
-    models.definition(config.model).require_fixed_positions(config.values)
+    models.require_fixed_positions(config)
     path = _path(config, cache_dir)
     if not path.exists():
         with cache.writing(path.parent):
@@ -65,11 +65,11 @@ def ensure(config: LayerConfig, cache_dir: Path) -> CompiledLayer:
 def ensure_apart(config: LayerConfig, cache_dir: Path) -> CompiledLayer:
     """The same; what has to be made is made by a process of its own, which takes the exporter and
     its 300 MiB along when it ends."""
-    models.definition(config.model).require_fixed_positions(config.values)
+    models.require_fixed_positions(config)
     if not _path(config, cache_dir).exists():
         done = subprocess.run(
             [sys.executable, "-m", __name__],
-            input=json.dumps([config.model, config.values, str(cache_dir)]),
+            input=json.dumps([to_json(config), str(cache_dir)]),
             capture_output=True,
             text=True,
             check=False,
@@ -100,9 +100,9 @@ def ensure_packed(config: LayerConfig, kind: Format, cache_dir: Path, seed: int)
 
 
 def _main() -> int:
-    model, values, cache_dir = json.load(sys.stdin)
+    config, cache_dir = json.load(sys.stdin)
     try:
-        ensure(LayerConfig(model, values), Path(cache_dir))
+        ensure(from_json(LayerConfig, config), Path(cache_dir))
     except MemladderError as error:
         sys.stderr.write(f"{error}\n")
         return 2
