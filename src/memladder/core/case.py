@@ -16,23 +16,6 @@ MAX_CACHED_TOKENS = 1 << 30
 MAX_LAYERS = 4096
 ALL = "all"
 
-# Figure 11 of the Ladder paper: its rows in its order, and the labels of its legend.
-FIGURE_MODELS = {"llama": "LLAMA", "bloom": "BLOOM"}
-FIGURE_SYSTEMS = {
-    "pytorch": "PyTorch-Inductor",
-    "onnxruntime": "ONNXRuntime",
-    "tensorrt": "TensorRT",
-    "vllm": "vLLM",
-    "vllm_fp16_int4": "vLLM-W_INT4 A_FP16",
-    "welder": "Welder",
-    "ladder": "Ladder",
-    "ladder_fp16_int4": "Ladder-W_INT4 A_FP16",
-    "ladder_fp16_nf4": "Ladder-W_NF4 A_FP16",
-    "ladder_fp8_fp8": "Ladder-W_FP8 A_FP8",
-    "ladder_mxfp8_mxfp8": "Ladder-W_MXFP8 A_MXFP8",
-    "ladder_int8_int1": "Ladder-W_INT1 A_INT8",
-}
-
 _NAME = re.compile(r"[a-z][a-z0-9]*(_[a-z0-9]+)*")
 _DEVICE = re.compile(r"cpu|cuda:\d+")
 
@@ -103,9 +86,6 @@ class Workload:
     def __str__(self) -> str:
         past = f"+{self.past}" if self.past else ""
         return f"{self.batch_size}x{self.seq_len}{past}"
-
-
-FIGURE_SHAPES = (Workload(1, 1), Workload(32, 1), Workload(1, 4096))
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,9 @@ A layer is described by a Hugging Face configuration, read from a local file or 
 file here; nothing is downloaded and no code of a checkpoint runs. This module and the models'
 files stay light: torch and transformers are imported when a layer is built.
 
-A model's file defines `VALUES` and `NARROW` (configurations), `read` (a `config.json` to the
-values that the layer depends on), `outline` and `widths`. Any other
-family's `config.json` is read by `catalogue`, which has transformers describe it.
+A model's file defines `TITLE`, `VALUES` and `NARROW` (configurations), `read` (a `config.json` to
+the values that the layer depends on), `outline` and `widths`. Any other family's `config.json` is
+read by `catalogue`, which has transformers describe it.
 """
 
 from __future__ import annotations
@@ -54,6 +54,7 @@ __all__ = [
 ]
 
 _NOT_MODELS = {
+    "architecture",
     "cache",
     "capture",
     "catalogue",
@@ -86,6 +87,11 @@ def names() -> tuple[str, ...]:
     """Keys of all models, sorted."""
     found = (module.name for module in pkgutil.iter_modules(__path__))
     return tuple(sorted(set(found) - _NOT_MODELS))
+
+
+def title(model: str) -> str:
+    """A model's name in tables and figures; that of an unknown one is its key."""
+    return str(definition(model).TITLE) if model in names() else model
 
 
 def definition(model: str) -> ModuleType:

@@ -10,6 +10,8 @@ from typing import Any
 
 from memladder.models import CacheGeometry, LayerOutline, Widths, fields
 
+TITLE = "BLOOM"
+
 VALUES: Mapping[str, Any] = {
     "model_type": "bloom",
     "hidden_size": 14336,

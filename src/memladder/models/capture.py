@@ -158,9 +158,14 @@ def text_config(family: str, values: Mapping[str, Any]) -> Any:
     kept.pop("dtype", None)
     # transformers standardises what it is given where it stands.
     kept = copy.deepcopy(kept)
-    heads, size = kept.get("num_attention_heads"), kept.get("head_dim")
-    hidden = kept.get("hidden_size")
-    if all(isinstance(x, int) for x in (heads, size, hidden)) and hidden % heads:
+    names = ("num_attention_heads", "head_dim", "hidden_size")
+    heads, size, hidden = (kept.get(name) for name in names)
+    if (
+        isinstance(heads, int)
+        and isinstance(size, int)
+        and isinstance(hidden, int)
+        and (hidden % max(heads, 1))
+    ):
         # Some families refuse a width that heads do not divide, though theirs have a size given.
         config = AutoConfig.for_model(family, **{**kept, "hidden_size": heads * size})
         config.hidden_size = hidden

@@ -11,6 +11,8 @@ from typing import Any
 from memladder.core.errors import ConfigError
 from memladder.models import CacheGeometry, LayerOutline, Widths, fields
 
+TITLE = "LLAMA"
+
 VALUES: Mapping[str, Any] = {
     "model_type": "llama",
     "hidden_size": 8192,
