@@ -55,6 +55,7 @@ class Request:
     output_dir: Path = Path()
     cache_dir: Path | None = None
     fresh: bool = False
+    retry: str | None = None
     results: Path | None = None
 
     @property
@@ -97,6 +98,7 @@ class Request:
             repeats=self.repeats,
             limits=runner.Limits(timeout_s=self.timeout_s),
             fresh=self.fresh,
+            retry=sweep_cases.parse_statuses(self.retry),
         )
 
 

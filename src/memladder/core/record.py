@@ -32,6 +32,7 @@ class Status(StrEnum):
     PLANNED = "planned"
     PREDICTED = "predicted"
     OOM = "oom"
+    BUSY = "busy"
     UNAVAILABLE = "unavailable"
     FAILED = "failed"
     TIMEOUT = "timeout"

@@ -11,15 +11,16 @@ import importlib.metadata
 import json
 import re
 import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from memladder import models
+from memladder.core import children
 from memladder.core.errors import CacheError, ConfigError, UnavailableError, UsageError
 from memladder.core.files import write_atomic
 from memladder.core.serial import from_json
+from memladder.core.text import clean
 from memladder.models import ModelConfig, cache
 
 # What is described in another way is another file.
@@ -100,16 +101,14 @@ def _described(raw: Mapping[str, Any], where: str, cache_dir: Path) -> ModelConf
 
 def _asked(text: str, where: str) -> str:
     """What `describe` prints, in a process of its own."""
-    command = [sys.executable, "-P", "-m", "memladder.models.describe"]
+    command = children.module("memladder.models.describe")
     try:
-        done = subprocess.run(
-            command, input=text, capture_output=True, text=True, check=False, timeout=_LONGEST_S
-        )
+        done = children.run(command, given=text, timeout_s=_LONGEST_S)
     except subprocess.TimeoutExpired:
         raise ConfigError(f"{where}: not described within {_LONGEST_S} s") from None
     if done.returncode:
         lines = done.stderr.splitlines() or ["no reason was given"]
-        raise ConfigError(f"{where}: {lines[-1][:300]}")
+        raise ConfigError(f"{where}: {clean(lines[-1])}")
     return done.stdout
 
 
