@@ -1,5 +1,5 @@
 """Frozen dataclasses to JSON and back, strictly: an unknown, missing or mistyped field is an error.
-Only a field whose default is None may be missing: it is younger than some files.
+Only a field that is younger than some files may be missing: its default is None, or `younger`.
 
 JSON is read by nothing but this, so that a foreign or damaged file can never become a number.
 Numbers, texts and depth are bounded as they are read: `MAX_INT`, `MAX_TEXT`, `MAX_DEPTH`. A float
@@ -37,7 +37,7 @@ else:
         __str__ = str.__str__
 
 
-__all__ = ["AnyFloat", "StrEnum", "dumps", "from_json", "loads", "to_json"]
+__all__ = ["AnyFloat", "StrEnum", "dumps", "from_json", "loads", "to_json", "younger"]
 
 T = TypeVar("T")
 
@@ -93,6 +93,11 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def from_json(kind: type[T], data: Any, where: str = "$") -> T:
     """JSON values as `kind`. Raises ValueError naming the place that does not fit."""
     return _read(kind, data, where)  # type: ignore[no-any-return]
+
+
+def younger(default: Any) -> Any:
+    """A field with a default, which files from before it lack."""
+    return dataclasses.field(default=default, metadata={"younger": True})
 
 
 @cache
@@ -194,8 +199,8 @@ def _is_text(value: str) -> bool:
 
 
 def _may_lack(field: dataclasses.Field[Any]) -> bool:
-    """A field that may be None by default came later than files that lack it."""
-    return field.default is None
+    """Is the field younger than files that lack it?"""
+    return field.default is None or "younger" in field.metadata
 
 
 def _expect(holds: bool, data: Any, wanted: str, where: str) -> None:

@@ -46,7 +46,7 @@ def ensure(config: LayerConfig, cache_dir: Path) -> CompiledLayer:
     FormatError, one line, for a configuration that is none, CacheError where the folder can't be
     written.
     """
-    models.definition(config.model).require_fixed_positions(config.values)
+    models.require_fixed_positions(config)
     path = _path(config, cache_dir)
 
     def make(part: Path) -> None:
@@ -65,9 +65,9 @@ def ensure(config: LayerConfig, cache_dir: Path) -> CompiledLayer:
 def ensure_apart(config: LayerConfig, cache_dir: Path) -> CompiledLayer:
     """The same; what has to be made is made by a process of its own, which takes the exporter and
     its 300 MiB along when it ends."""
-    models.definition(config.model).require_fixed_positions(config.values)
+    models.require_fixed_positions(config)
     if not cache.is_whole(_path(config, cache_dir)):
-        told = json.dumps([config.model, config.values, str(cache_dir)])
+        told = json.dumps([to_json(config), str(cache_dir)])
         done = children.run(children.module(__name__), given=told)
         if done.returncode:
             lines = done.stderr.splitlines() or ["no reason was given"]
@@ -95,9 +95,9 @@ def ensure_packed(config: LayerConfig, kind: Format, cache_dir: Path, seed: int)
 
 
 def _main() -> int:
-    model, values, cache_dir = json.load(sys.stdin)
+    config, cache_dir = json.load(sys.stdin)
     try:
-        ensure(LayerConfig(model, values), Path(cache_dir))
+        ensure(from_json(LayerConfig, config), Path(cache_dir))
     except MemladderError as error:
         sys.stderr.write(f"{error}\n")
         return 2
