@@ -18,7 +18,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import FixedFormatter, FixedLocator, NullFormatter
 
-from memladder.core.case import FIGURE_MODELS, Workload
+from memladder import models
+from memladder.core.case import Workload
 from memladder.core.files import write_atomic
 from memladder.reports import style
 from memladder.reports.cells import Key, system_label
@@ -65,8 +66,11 @@ def _rendered(figure: Figure, kind: str, metadata: dict[str, str | None]) -> byt
 
 @contextmanager
 def _settings() -> Iterator[None]:
-    """matplotlib's defaults with ours on top, so that a personal matplotlibrc changes nothing."""
-    settings: dict[Any, Any] = {**mpl.rcParamsDefault, **style.RC}
+    """matplotlib's defaults with ours on top, so that a personal matplotlibrc changes nothing.
+
+    A dollar sign in a device's name begins no formula.
+    """
+    settings: dict[Any, Any] = {**mpl.rcParamsDefault, **style.RC, "text.parse_math": False}
     del settings["backend"]
     with mpl.rc_context(settings):
         yield
@@ -102,7 +106,7 @@ def _write_head_and_foot(figure: Figure, page: Page, content: Content) -> None:
 def _legend_handles(content: Content) -> list[Patch]:
     handles = [Patch(label=look.value, **_fill(look, style.QUIET)) for look in content.looks]
     if content.reference:
-        handles.append(Patch(label="published (A100)", facecolor=style.PALE, edgecolor="none"))
+        handles.append(Patch(label=content.reference_label, facecolor=style.PALE, edgecolor="none"))
     return handles
 
 
@@ -110,9 +114,7 @@ def _set_up_axes(axes: Axes, scale: Scale, page: Page, model: str) -> None:
     axes.set_xscale("log")
     axes.set_xlim(scale.lower, scale.upper)
     axes.set_ylim(page.rows_high, 0)
-    axes.set_title(
-        FIGURE_MODELS.get(model, model), loc="left", size=style.PANEL_SIZE, weight="bold"
-    )
+    axes.set_title(models.title(model), loc="left", size=style.PANEL_SIZE, weight="bold")
     axes.set_xlabel("MiB (logarithmic)", size=style.TICK_SIZE, color=style.QUIET)
     ticks = scale.ticks()
     axes.xaxis.set_major_locator(FixedLocator(ticks))
