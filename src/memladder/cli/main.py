@@ -15,6 +15,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from memladder import __version__
+from memladder.cli.console import take_any_text
 from memladder.core.case import MAX_BATCH_SIZE, MAX_SEQ_LEN
 from memladder.core.errors import MemladderError, UnavailableError, UsageError
 
@@ -471,6 +472,7 @@ def _interrupt(*_: object) -> NoReturn:
 
 def _run(application: typer.Typer) -> NoReturn:
     """Run an application; every expected error is one line on stderr and exit status 2."""
+    take_any_text()
     for name in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(name, _interrupt)
     arguments = sys.argv[1:] or (["--help"] if application is app else [])
