@@ -361,6 +361,23 @@ BAD_CHECKPOINTS: dict[str, tuple[Damage, str]] = {
         retensor(**{"mlp.gate.weight": torch.zeros(1)}),
         "config.json knows nothing of tensor 'h.0.mlp.gate.weight'",
     ),
+    "adapter": (
+        retensor(**{UP.removesuffix("weight") + "lora_A": torch.zeros(8, 192)}),
+        "knows nothing of tensor 'h.0.mlp.dense_h_to_4h.lora_A', which belongs to layer 0",
+    ),
+    "scale": (retensor(**{f"{UP}_scale": torch.ones(1)}), f"knows nothing of tensor 'h.0.{UP}_sca"),
+    "quantised already": (
+        reconfigure(quantization_config={"quant_method": "gptq", "bits": 4}),
+        "quantization_config says that the weights are quantised already, by 'gptq'; wanted: ",
+    ),
+    "scales that vanish": (
+        retensor(**{UP: torch.randn(768, 192).mul_(1e-8).half()}),
+        f"{UP}: int4 has no scale that small",
+    ),
+    "norm that vanishes": (
+        retensor(**{NORM: torch.full((192,), 1e-9)}),
+        f"{NORM}: fp16 has no value that small; all of it would be zero",
+    ),
     "wrong shape": (
         retensor(**{DOWN: torch.zeros(768, 192).half()}),
         f"tensor h.0.{DOWN} is of shape [768, 192]; by config.json it is [192, 768]",
