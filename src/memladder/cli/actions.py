@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from memladder import frameworks, models
+from memladder.cli.console import telling
 from memladder.core.case import Case, Workload
 from memladder.core.errors import UnavailableError, UsageError
 from memladder.core.files import writable_folder, write_atomic
@@ -229,15 +230,14 @@ def _measure_one(job: Job, options: serial.SweepOptions, kept: store.Store) -> R
     name = job.case.framework
     if name not in frameworks.names():
         return runner.unavailable(job.case, sweep_cases.availability(name, job.case.device))
-    console = plain_console(stderr=True)
-    with console.status("starting") as status:
+    with telling(job.case.id, plain_console(stderr=True)) as tell:
         return runner.measure(
             job,
             frameworks.get(name),
             repeats=options.repeats,
             limits=options.limits,
             log_path=kept.log_path(job.case.id),
-            on_event=lambda event: status.update(f"{job.case.id}: {event}"),
+            on_event=tell,
         )
 
 
@@ -319,7 +319,7 @@ def verify(request: Request) -> int:
     agree = True
     with kept.locked():
         for name in runnable:
-            with console.status(f"checking {name}"):
+            with telling(name, console) as tell:
                 verification = runner.verify(
                     name,
                     frameworks.get(name),
@@ -327,6 +327,7 @@ def verify(request: Request) -> int:
                     cache_dir=options.cache_dir,
                     limits=options.limits,
                     log_path=kept.log_path(f"verification_{name}"),
+                    on_event=tell,
                 )
             kept.save(verification)
             agree = agree and verification.agrees
