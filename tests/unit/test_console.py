@@ -126,3 +126,19 @@ def test_a_full_disk_behind_standard_output_is_one_line(
 def test_standard_error_that_is_full_keeps_the_status() -> None:
     with Path("/dev/full").open("wb") as full:
         assert run(MAIN, "table", "nowhere", stderr=full).returncode == 2
+
+
+def test_a_user_without_a_home_is_told_what_to_set(tmp_path: Path) -> None:
+    """As in a container that runs under a number of its own."""
+    code = (
+        "import os, pwd\nfrom memladder.cli import entry\n"
+        "os.environ.pop('HOME', None)\n"
+        "def unknown(number): raise KeyError(number)\n"
+        "pwd.getpwuid = unknown\nentry.main()"
+    )
+    env = {"MEMLADDER_CACHE": "", "XDG_CACHE_HOME": ""}
+    done = run(code, "frameworks", "--device", "cpu", cwd=tmp_path, env=env)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        "memladder: error: this user has no home folder; set MEMLADDER_CACHE to a folder\n"
+    )

@@ -5,9 +5,7 @@ stdout carries results only; progress, warnings and hints go to stderr.
 
 from __future__ import annotations
 
-import os
 import re
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +16,8 @@ from rich.console import Console
 from rich.table import Table
 
 from memladder import frameworks, models
-from memladder.cli.console import telling
+from memladder.cli.console import say
+from memladder.cli.terminal import plain_console, telling
 from memladder.core.case import Case, Workload
 from memladder.core.errors import UnavailableError, UsageError
 from memladder.core.files import writable_folder, write_atomic
@@ -37,7 +36,6 @@ from memladder.sweeps.executors import serial
 if TYPE_CHECKING:
     from memladder.engine.packed.packing import Progress
 
-_WIDTH = 120
 # Ended as the protocol foresees; anything else is a failure of the run.
 _GOOD = (Status.MEASURED, Status.PLANNED, Status.OOM)
 
@@ -101,17 +99,6 @@ class Request:
             fresh=self.fresh,
             retry=sweep_cases.parse_statuses(self.retry),
         )
-
-
-def plain_console(stderr: bool = False) -> Console:
-    """A console that prints text as it is: `memladder[pytorch]` is no markup.
-
-    Where nobody's terminal sets the width, tables have room for their numbers.
-    """
-    found = Console(stderr=stderr, markup=False, highlight=False)
-    if not found.is_terminal and "COLUMNS" not in os.environ:
-        found.width = max(found.width, _WIDTH)
-    return found
 
 
 def draw_published(output_dir: Path) -> None:
@@ -270,7 +257,8 @@ def _explain(record: Record, path: Path) -> None:
         lines = [f"{record.status}: {record.reason}; record: {path}"]
     if record.hint:
         lines.append(f"to get it: {record.hint}")
-    print("\n".join(lines), file=sys.stderr)
+    for line in lines:
+        say(line)
 
 
 def sweep(request: Request) -> int:
@@ -305,7 +293,7 @@ def sweep(request: Request) -> int:
             request.results, list(outcome.records), list(outcome.verifications)
         )
         for line in told:
-            print(f"warning: {line}", file=sys.stderr)
+            say(f"warning: {line}")
     _draw(records, outcome.verifications, request.output_dir)
     return 0 if outcome.succeeded else 1
 
@@ -517,7 +505,7 @@ def calibrate(device: str, output_dir: Path) -> int:
 def _read_store(path: Path) -> store.Contents:
     contents = store.read(path)
     for line in contents.complaints():
-        print(f"warning: {line}; left out", file=sys.stderr)
+        say(f"warning: {line}; left out")
     return contents
 
 

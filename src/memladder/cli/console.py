@@ -1,4 +1,4 @@
-"""What every command tells the terminal: errors in one line, how it goes, and nothing forged."""
+"""How every command ends: errors in one line, interrupts too."""
 
 from __future__ import annotations
 
@@ -6,9 +6,6 @@ import errno
 import os
 import signal
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn, TextIO
 
@@ -17,12 +14,8 @@ from memladder.core.text import shown
 
 if TYPE_CHECKING:
     import typer
-    from rich.console import Console
-
-    from memladder.meter.outside.runner import Event
 
 INTERRUPTED = 130
-_LONG_S = 30.0
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
@@ -75,37 +68,16 @@ def _reported(error: BaseException) -> int:
 
 def fail(message: str) -> NoReturn:
     """One line on stderr, and exit status 2."""
-    say(f"memladder: error: {shown(message)}")
+    say(f"memladder: error: {message}")
     sys.exit(2)
 
 
 def say(line: str) -> None:
-    """A line on stderr, where there is one that takes it."""
+    """A line on stderr, where there is one that takes it; nothing in it is obeyed."""
     try:
-        print(line, file=sys.stderr, flush=True)
+        print(shown(line), file=sys.stderr, flush=True)
     except OSError:
         _silence(sys.stderr)
-
-
-@contextmanager
-def telling(name: str, console: Console) -> Iterator[Callable[[Event], None]]:
-    """Tells on a console how the measuring of `name` goes: a live line on a terminal, elsewhere a
-    line for each phase, and for each half minute of a long one."""
-    began = told_at = time.monotonic()
-    last: tuple[int, str] | None = None
-    with console.status("starting") as status:
-
-        def tell(event: Event) -> None:
-            nonlocal last, told_at
-            now = time.monotonic()
-            line = f"{name}: {event}, {now - began:.0f} s"
-            if console.is_terminal:
-                status.update(line)
-            elif (event.repeat, event.phase) != last or now - told_at > _LONG_S:
-                last, told_at = (event.repeat, event.phase), now
-                say(line)
-
-        yield tell
 
 
 def _told(error: OSError) -> str:

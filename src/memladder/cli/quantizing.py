@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from memladder import models
-from memladder.cli.actions import needed, plain_console, progress_bar
+from memladder.cli.actions import needed, progress_bar
+from memladder.cli.terminal import plain_console
 from memladder.core.errors import FormatError, UsageError
 from memladder.core.files import writable_folder, write_atomic
 from memladder.core.units import mib

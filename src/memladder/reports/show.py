@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from memladder.core.record import Record, Run
+from memladder.core.text import shown
 from memladder.core.units import format_bytes, mib
 from memladder.reports.cells import plain_name
 
@@ -60,7 +61,7 @@ def _facts(record: Record) -> Table:
 
 def _phases(run: Run, title: str) -> Table:
     columns = ["seconds", "polls", "peak", "end", "PSS peak", "USS peak", "RSS peak", "device peak"]
-    table = Table(title=title, title_justify="left")
+    table = Table(title=shown(title), title_justify="left")
     table.add_column("phase")
     for column in columns:
         table.add_column(column, justify="right")
@@ -103,10 +104,10 @@ def _quality(run: Run) -> Table:
 
 
 def _pairs(title: str, pairs: Mapping[str, object]) -> Table:
-    table = Table(title=title, title_justify="left", show_header=False)
+    table = Table(title=shown(title), title_justify="left", show_header=False)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for key, value in pairs.items():
         if value != "":
-            table.add_row(key, str(value))
+            table.add_row(shown(key), shown(value))
     return table
