@@ -9,7 +9,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 
 from memladder.core.record import Record, Status, Verification
-from memladder.core.text import shown
 from memladder.core.units import format_bytes, mib
 from memladder.reports.cells import ensure_one_machine, plain_name, representative
 
@@ -144,8 +143,8 @@ def _text(value: Value) -> str:
 
 
 def _one_line(text: str) -> str:
-    """White space of any kind to single spaces; what else is not printable as its escape."""
-    return shown(" ".join(text.split()))
+    """White space of any kind to single spaces, and no control characters."""
+    return "".join(letter for letter in " ".join(text.split()) if letter.isprintable())
 
 
 def _harmless(text: str) -> str:
