@@ -1,144 +1,155 @@
-"""How commands end: interrupted wherever they are, with output that can't be written, without a
-home."""
+"""What a terminal is sent: texts that its encoding takes, numbers that are whole however narrow."""
 
 from __future__ import annotations
 
+import io
+import json
 import os
-import signal
+import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from rich.console import Console
+from rich.table import Table
+
+from memladder.core.record import dumps
+from memladder.core.units import GIB
+from memladder.reports import show
+from memladder.reports.printing import add_numbers, print_table
+from memladder.sweeps.store import Store
+from tests.unit import examples
 
 ROOT = Path(__file__).parents[2]
-STOPPED = "memladder: stopped"
-# Signals itself after some milliseconds, with the entry point's handlers in place by then.
-STRIKE = """
-import os, signal, sys, threading, time
-from memladder.cli import entry
-number, delay = int(sys.argv.pop(1)), float(sys.argv.pop(1))
-def strike():
-    while signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
-        time.sleep(0.0005)
-    time.sleep(delay)
-    os.kill(os.getpid(), number)
-signal.signal(signal.SIGINT, signal.default_int_handler)
-threading.Thread(target=strike, daemon=True).start()
-entry.main()
-time.sleep(5)
-"""
+ENCODINGS = {
+    "ascii": {"PYTHONIOENCODING": "ascii"},
+    "latin": {"PYTHONIOENCODING": "latin-1"},
+    "C": {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+}
 
 
-def run(
-    code: str, *arguments: str, buffered: bool = True, **options: object
-) -> subprocess.CompletedProcess[str]:
-    known = {k: v for k, v in os.environ.items() if not (buffered and k == "PYTHONUNBUFFERED")}
-    env = {**known, "PYTHONPATH": str(ROOT / "src"), **options.pop("env", {})}  # type: ignore[dict-item]
-    command = [sys.executable, "-c", code, *arguments]
-    given = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **options}
-    return subprocess.run(command, env=env, timeout=60, check=False, **given)  # type: ignore[call-overload, no-any-return]
+@pytest.fixture
+def log(tmp_path: Path) -> Path:
+    machine = replace(examples.MACHINE, device="Prozessor® × µ … 2²", cpu="naïve − → ⠋")
+    environment = replace(examples.ENVIRONMENT, machine=machine, variables={"Ω": "‖x‖ ≤ 1"})
+    kept = Store(tmp_path / "log")
+    kept.save(examples.record(environment=environment))
+    return tmp_path / "log"
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-@pytest.mark.parametrize("delay", [0.0, 0.03, 0.1, 0.3])
-def test_a_signal_while_importing_is_one_line(number: int, delay: float, tmp_path: Path) -> None:
-    done = run(STRIKE, str(int(number)), str(delay), "frameworks", "--device", "cpu", cwd=tmp_path)
-    if done.returncode == 0 and done.stderr == "":
-        return  # It was through already.
-    assert (done.returncode, done.stderr.count("\n")) == (130, 1), done.stderr
-    assert done.stderr.startswith(STOPPED)
-
-
-CONVERTED = """
-import os, signal
-from memladder.cli import console, main
-def convert(**_):
-    try:
-        os.kill(os.getpid(), signal.SIGTERM)
-    except KeyboardInterrupt:
-        raise {} from None
-console.run(lambda args, standalone_mode: convert(), [])
-"""
-
-
+@pytest.mark.parametrize("encoding", ENCODINGS)
 @pytest.mark.parametrize(
-    "error",
+    "command",
     [
-        "ValueError('could not determine the shape of an object')",
-        "SystemError('a native function returned with an error set')",
-        "__import__('memladder.core.errors').core.errors.FormatError('not numbers')",
+        ["table", "log", "--format", "md"],
+        ["table", "log", "--format", "csv"],
+        ["table", "log", "--format", "json"],
+        ["show", "log/llama_pytorch_1_1.json"],
+        ["show", "log/\udcff×.json"],
+        ["sweep", "--help"],
+        ["doctor"],
+        ["frameworks", "--device", "cpu"],
     ],
+    ids=" ".join,
 )
-def test_an_interrupt_that_a_library_turned_into_an_error_is_an_interrupt(error: str) -> None:
-    """As safetensors does, whose code in Rust calls torch's, which calls Python's."""
-    done = run(CONVERTED.format(error))
-    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (130, "", 1), done.stderr
-    assert done.stderr.startswith(STOPPED)
-
-
-LOST = """
-import os, signal, sys, time
-from memladder.cli import entry, main
-class Final:
-    def __del__(self):
-        os.kill(os.getpid(), signal.SIGTERM)
-def application(args, standalone_mode):
-    f = Final()
-    del f
-    time.sleep(20)
-main.app = application
-sys.argv = ["memladder", "x"]
-entry.main()
-"""
-
-
-def test_an_interrupt_in_a_finaliser_is_not_lost() -> None:
-    done = run(LOST)
-    assert (done.returncode, done.stderr.count("\n")) == (130, 1), done.stderr
-    assert done.stderr.startswith(STOPPED)
-
-
-def test_what_is_told_to_ignore_a_hangup_ignores_it() -> None:
-    code = (
-        "import os, signal\nsignal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
-        "from memladder.cli import console\n"
-        "console.run(lambda args, standalone_mode: os.kill(os.getpid(), signal.SIGHUP), [])"
-    )
-    assert (run(code).returncode, run(code).stderr) == (0, "")
-
-
-MAIN = "from memladder.cli.entry import main; main()"
-
-
-@pytest.mark.parametrize("buffered", [True, False])
-@pytest.mark.parametrize("arguments", [["--version"], ["--help"], ["frameworks", "--device=cpu"]])
-def test_a_full_disk_behind_standard_output_is_one_line(
-    arguments: list[str], buffered: bool
+def test_every_command_prints_in_every_encoding(
+    log: Path, command: list[str], encoding: str
 ) -> None:
-    with Path("/dev/full").open("wb") as full:
-        env = {} if buffered else {"PYTHONUNBUFFERED": "1"}
-        done = run(MAIN, *arguments, buffered=buffered, stdout=full, env=env)
-    assert done.returncode == 2
-    assert done.stderr == ("memladder: error: cannot write the output: No space left on device\n")
-
-
-def test_standard_error_that_is_full_keeps_the_status() -> None:
-    with Path("/dev/full").open("wb") as full:
-        assert run(MAIN, "table", "nowhere", stderr=full).returncode == 2
-
-
-def test_a_user_without_a_home_is_told_what_to_set(tmp_path: Path) -> None:
-    """As in a container that runs under a number of its own."""
-    code = (
-        "import os, pwd\nfrom memladder.cli import entry\n"
-        "os.environ.pop('HOME', None)\n"
-        "def unknown(number): raise KeyError(number)\n"
-        "pwd.getpwuid = unknown\nentry.main()"
+    done = subprocess.run(
+        [sys.executable, "-m", "memladder", *map(os.fsencode, command)],
+        cwd=log.parent,
+        env={**os.environ, "PYTHONPATH": str(ROOT / "src"), **ENCODINGS[encoding]},
+        capture_output=True,
+        timeout=100,
+        check=False,
     )
-    env = {"MEMLADDER_CACHE": "", "XDG_CACHE_HOME": ""}
-    done = run(code, "frameworks", "--device", "cpu", cwd=tmp_path, env=env)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == (
-        "memladder: error: this user has no home folder; set MEMLADDER_CACHE to a folder\n"
+    assert b"Traceback" not in done.stderr, done.stderr.decode("latin-1")
+    bad = "\udcff" in command[-1]
+    assert done.returncode == (2 if bad else done.returncode)
+    assert done.returncode in ((0, 1) if command[0] == "doctor" else (2,) if bad else (0,))
+    if encoding != "latin" and "--help" not in command:
+        done.stdout.decode("ascii")
+        done.stderr.decode("ascii")
+    if command[0] == "table" and encoding != "latin" and command[-1] != "json":
+        assert rb"Prozessor\xae x u ... 22" in done.stdout.replace(rb"\\", b"\\")
+
+
+def test_numbers_are_whole_on_a_narrow_terminal() -> None:
+    run = examples.run(1234 * GIB, 1)
+    record = replace(examples.record(), runs=(run,))
+    for width in (20, 40, 79, 80, 200):
+        file = io.StringIO()
+        console = Console(file=file, width=width, color_system=None)
+        show.print_record(record, console)
+        text = file.getvalue()
+        assert "1,263,616.0" in text
+        assert "…" not in text
+        assert console.width == width
+
+
+def test_a_case_of_ten_gib_fits_eighty_columns() -> None:
+    record = replace(examples.record(), runs=(examples.run(11 * GIB, 11 * GIB),))
+    file = io.StringIO()
+    show.print_record(record, Console(file=file, width=80, color_system=None))
+    (line,) = (line for line in file.getvalue().splitlines() if line.strip().startswith("steady "))
+    assert re.fullmatch(r" *steady +1\.00 +100( +11,264\.0){5} *", line)
+    assert len(line) <= 80
+
+
+def test_texts_are_folded_and_numbers_are_not() -> None:
+    table = Table("words")
+    add_numbers(table, "bytes")
+    table.add_row("several words that are folded", "123,456,789,012,345,678")
+    file = io.StringIO()
+    print_table(Console(file=file, width=10, color_system=None), table)
+    assert "123,456,789,012,345,678" in file.getvalue()
+    assert "several words that are folded" not in file.getvalue()
+
+
+def test_versions_are_whole_at_eighty_columns(log: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "memladder", "frameworks", "--device", "cpu"],
+        cwd=log.parent,
+        env={**os.environ, "PYTHONPATH": str(ROOT / "src"), "COLUMNS": "80"},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=True,
     )
+    import torch
+
+    assert f" {torch.__version__} " in done.stdout
+
+
+def test_a_record_is_ascii_in_its_file() -> None:
+    machine = replace(examples.MACHINE, device="Prozessor® ×")
+    text = dumps(examples.record(environment=replace(examples.ENVIRONMENT, machine=machine)))
+    assert text.isascii()
+    assert json.loads(text)["environment"]["machine"]["device"] == "Prozessor® ×"
+
+
+def test_make_test_runs_both_parts_and_fails_at_the_end(tmp_path: Path) -> None:
+    """The recipe as it is, with a pytest that fails in the first part."""
+    told = tmp_path / "told"
+    python = tmp_path / "python"
+    python.write_text(
+        f'#!/bin/sh\necho "$*" >> {told}\ncase "$*" in *tests/unit*) exit 1;; esac\nexit 0\n'
+    )
+    python.chmod(0o755)
+    recipe = subprocess.run(
+        ["make", "--dry-run", "--silent", "test"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    commands = recipe[recipe.index("failed=0") :]
+    script = re.sub(r"\S*/bin/python", str(python), commands)
+    done = subprocess.run(["sh", "-e", "-c", script], cwd=tmp_path, check=False)
+    assert done.returncode == 1
+    assert [line.rsplit(" ", 1)[-1] for line in told.read_text().splitlines()] == [
+        "tests/unit",
+        "tests/cpu",
+    ]

@@ -10,7 +10,8 @@ import pytest
 from rich.table import Table
 from rich.text import Text
 
-from memladder.cli import actions, console, terminal
+from memladder.cli import actions, ending, terminal
+from memladder.cli.console import plain_console
 from memladder.core.case import Case, Workload
 from memladder.core.record import Status
 from memladder.meter.outside.runner import Event
@@ -86,7 +87,7 @@ def test_cells_and_lines_of_a_console_are_escaped() -> None:
 
 def test_errors_are_escaped(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        console.fail(EVIL)
+        ending.fail(EVIL)
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     harmless(said)
@@ -113,7 +114,7 @@ def test_warnings_about_a_store_are_escaped(
 def test_measuring_tells_each_phase_once_where_there_is_no_terminal(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with terminal.telling("llama_pytorch_1_1", terminal.plain_console(stderr=True)) as tell:
+    with terminal.telling("llama_pytorch_1_1", plain_console(stderr=True)) as tell:
         for size in (1, 2, 3):
             tell(Event("weights", 1, 1, size << 20))
         tell(Event("compile", 1, 1, 5 << 20))

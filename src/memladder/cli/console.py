@@ -1,98 +1,58 @@
-"""How every command ends: errors in one line, interrupts too."""
+"""Where the command line prints: consoles as wide as numbers need, streams that take any text."""
 
 from __future__ import annotations
 
-import errno
+import codecs
+import io
 import os
-import signal
 import sys
-from types import FrameType
-from typing import TYPE_CHECKING, NoReturn, TextIO
-
-from memladder.core.errors import MemladderError, UnavailableError
-from memladder.core.text import shown
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    import typer
+    from rich.console import Console
 
-INTERRUPTED = 130
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
-
-
-def run(application: typer.Typer, arguments: list[str]) -> NoReturn:
-    """Run an application; every expected error is one line on stderr and exit status 2."""
-    came: list[int] = []
-
-    def interrupt(number: int, _: FrameType | None) -> NoReturn:
-        came.append(number)
-        raise KeyboardInterrupt
-
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, interrupt)
-    try:
-        code = application(args=arguments, standalone_mode=False)
-        if sys.stdout is not None:
-            sys.stdout.flush()
-    except (Exception, KeyboardInterrupt) as error:
-        # Libraries in C turn an interrupt into errors of their own.
-        code = INTERRUPTED if came else _reported(error)
-    if code == INTERRUPTED:
-        # Some versions of typer turn the interrupt into this status themselves.
-        say("memladder: stopped; what was finished is kept, the same command does the rest")
-    sys.exit(code or 0)
+_WIDTH = 120
+_PLAIN = "memladder.plain"
+# What our own texts use beyond ASCII, as a typist writes it.
+_LOOKS_LIKE = {
+    "×": "x", "−": "-", "–": "-", "…": "...", "·": ".", "→": "->", "µ": "u", "‖": "||",
+    "≤": "<=", "≥": ">=", "±": "+-", "²": "2", "√": "sqrt", "’": "'", "“": '"', "”": '"',
+}  # fmt: skip
 
 
-def _reported(error: BaseException) -> int:
-    """Say what an error means to the user; the exit status. One that is unexpected is raised."""
-    match error:
-        case UnavailableError():
-            fail(f"{error}" + (f"; to get it: {error.hint}" if error.hint else ""))
-        case MemladderError():
-            fail(str(error))
-        case BrokenPipeError():
-            # The reader went away (`| head`): nothing left to say, and nobody to say it to.
-            _silence(sys.stdout)
-            return 0
-        case OSError():
-            fail(_told(error))
-        case KeyboardInterrupt():
-            return INTERRUPTED
-    # typer's own errors share no importable base class across its versions.
-    if type(error).__name__ == "Abort":
-        return INTERRUPTED
-    if hasattr(error, "format_message"):
-        fail(" ".join(error.format_message().split()))
-    raise error
+def plain_console(stderr: bool = False) -> Console:
+    """A console that prints text as it is: `memladder[pytorch]` is no markup.
+
+    Where nobody's terminal sets the width, tables have room for their numbers.
+    """
+    from memladder.cli.terminal import PlainConsole
+
+    found = PlainConsole(stderr=stderr, markup=False, highlight=False)
+    if not found.is_terminal and "COLUMNS" not in os.environ:
+        found.width = max(found.width, _WIDTH)
+    return found
 
 
-def fail(message: str) -> NoReturn:
-    """One line on stderr, and exit status 2."""
-    say(f"memladder: error: {message}")
-    sys.exit(2)
+def take_any_text() -> None:
+    """Let stdout and stderr take every text: what their encoding lacks is written in ASCII.
+
+    An ASCII terminal, or a pipe under PYTHONIOENCODING, refuses `×`; every encoding refuses a file
+    name that is no text.
+    """
+    codecs.register_error(_PLAIN, _in_ascii)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=_PLAIN)
 
 
-def say(line: str) -> None:
-    """A line on stderr, where there is one that takes it; nothing in it is obeyed."""
-    try:
-        print(shown(line), file=sys.stderr, flush=True)
-    except OSError:
-        _silence(sys.stderr)
+def _in_ascii(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    return "".join(map(_letter, error.object[error.start : error.end])), error.end
 
 
-def _told(error: OSError) -> str:
-    """What a file, or standard output, could not do."""
-    reason = error.strerror or str(error)
-    if error.filename is not None:
-        return f"{error.filename}: {reason}"
-    try:
-        if sys.stdout is not None:
-            sys.stdout.flush()
-    except OSError:
-        _silence(sys.stdout)
-    return f"cannot write the output: {reason}" if error.errno in _FULL else reason
-
-
-def _silence(stream: TextIO) -> None:
-    """Python flushes once more when it ends."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+def _letter(letter: str) -> str:
+    if "\u2800" <= letter <= "\u28ff":
+        # A spinner's dots.
+        return "*"
+    return _LOOKS_LIKE.get(letter) or letter.encode("ascii", "backslashreplace").decode()

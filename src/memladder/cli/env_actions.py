@@ -11,10 +11,11 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 from memladder import frameworks
-from memladder.cli.terminal import plain_console
+from memladder.cli.console import plain_console
 from memladder.core.errors import UsageError
 from memladder.environments import ask, install, interpreter
 from memladder.meter import environment
+from memladder.reports.printing import print_table
 
 # How many packages a requirements file brings with it, as its comment says.
 _PACKAGES = re.compile(r"^# packages: (\d+)", re.MULTILINE)
@@ -62,7 +63,7 @@ def show() -> None:
             str(item.interpreter.python),
             _advice(item),
         )
-    plain_console().print(table)
+    print_table(plain_console(), table)
 
 
 def _advice(item: install.Listed) -> str:
@@ -99,7 +100,7 @@ def _say(text: str) -> None:
 @contextmanager
 def _progress(name: str, wanted: Path) -> Iterator[Callable[[str], None]]:
     """A bar that counts packages found, with what the installer says beside it; it goes away."""
-    found = _PACKAGES.search(wanted.read_text())
+    found = _PACKAGES.search(wanted.read_text(encoding="utf-8"))
     console = plain_console(stderr=True)
     columns = (
         TextColumn(f"environment {name}"),

@@ -13,7 +13,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from memladder import __version__
-from memladder.cli import console
+from memladder.cli import ending
 from memladder.core.case import MAX_BATCH_SIZE, MAX_SEQ_LEN
 from memladder.core.errors import UsageError
 
@@ -462,14 +462,14 @@ def _seconds(text: str) -> float:
 
 def main() -> NoReturn:
     """Entry point `memladder`."""
-    console.run(app, sys.argv[1:] or ["--help"])
+    ending.run(app, sys.argv[1:] or ["--help"])
 
 
 def run_all() -> NoReturn:
     """Entry point `run_all.py`."""
-    console.run(_run_all_app, sys.argv[1:])
+    ending.run(_run_all_app, sys.argv[1:])
 
 
 def measure_memory() -> NoReturn:
     """Entry point `measure_memory.py`."""
-    console.run(_measure_app, sys.argv[1:])
+    ending.run(_measure_app, sys.argv[1:])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,11 +10,10 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from memladder.cli.console import say
+from memladder.cli.ending import say
 from memladder.core.text import shown
 from memladder.meter.outside.runner import Event
 
-_WIDTH = 120
 _LONG_S = 30.0
 
 
@@ -25,17 +23,6 @@ class PlainConsole(Console):
     def render_str(self, text: str, **options: Any) -> Text:
         """What every cell and every line comes by."""
         return super().render_str("\n".join(map(shown, text.split("\n"))), **options)
-
-
-def plain_console(stderr: bool = False) -> Console:
-    """A console for text of any origin.
-
-    Where nobody's terminal sets the width, tables have room for their numbers.
-    """
-    found = PlainConsole(stderr=stderr, markup=False, highlight=False)
-    if not found.is_terminal and "COLUMNS" not in os.environ:
-        found.width = max(found.width, _WIDTH)
-    return found
 
 
 @contextmanager
