@@ -360,11 +360,14 @@ def run_layer(
     device: Annotated[
         str | None, typer.Option(metavar="cpu|cuda:N", help="Default: a GPU where there is one.")
     ] = None,
+    check: Annotated[
+        str, typer.Option(metavar="output|steps|none", help="Where to look for NaN and infinity.")
+    ] = "output",
 ) -> None:
     """Run a compiled layer on a GPU, or on the CPU."""
     from memladder.cli import compiling
 
-    compiling.run_folder(folder, given, out, device)
+    compiling.run_folder(folder, given, out, device, check)
 
 
 @app.command()
