@@ -329,8 +329,10 @@ def test_uv_reads_no_configuration_of_the_working_directory(
     uv = shutil.which("uv") or shutil.which("uv", path=Path(sys.executable).parent)
     if uv is None:
         pytest.skip("uv is not here")
-    (tmp_path / "uv.toml").write_text("[pip]\nindex-url = 12\n")
-    monkeypatch.chdir(tmp_path)
+    hostile = tmp_path / "hostile"
+    hostile.mkdir()
+    (hostile / "uv.toml").write_text("[pip]\nindex-url = 12\n")
+    monkeypatch.chdir(hostile)
     said: list[str] = []
     command = [uv, "pip", "list", "--python", sys.executable]
     assert subprocess.run(command, capture_output=True).returncode != 0
