@@ -24,17 +24,18 @@ Key = TypeVar("Key")
 # Numbers of a model in float16 are rounded to 11 bits: tanh's and erf's GELU, 5e-4 apart, are told
 # apart by which of them is nearer.
 _NEAR = 1e-3
-# These have no numbers that could be rounded.
-_EXACT = {"relu": 1e-6, "relu_squared": 1e-6}
+# Where a function has a kink, it is at a number that is meant.
+_EXACT = 1e-6
 # float32's exponential overflows, and a model that spells it out may give no number.
 _OVERFLOW = 88.0
 _MOST = float(np.finfo(np.float16).max)
 
 
-def nearest_function(found: Function, names: Sequence[str]) -> str | None:
+def nearest_function(found: Function, names: Sequence[str], *, kinked: bool) -> str | None:
     """Which of `POINTWISE` it is, of the names; None if it is none of these.
 
-    `found` takes float64 [probes, 1] to the same.
+    `found` takes float64 [probes, 1] to the same; `kinked` if it is spelled with functions that
+    have a kink.
     """
     near, values = _known(names)
     best = _nearest(found(near), values)
@@ -44,7 +45,7 @@ def nearest_function(found: Function, names: Sequence[str]) -> str | None:
     made, wanted = found(probe), values[best]
     overflown = ~made.isfinite() & (probe.abs() > _OVERFLOW)
     error = _error(made.where(~overflown, wanted), wanted)
-    return best if error <= _EXACT.get(best, _NEAR) else None
+    return best if error <= (_EXACT if kinked else _NEAR) else None
 
 
 def nearest_of_rows(
