@@ -80,9 +80,8 @@ def function(node: Node, nodes: Nodes) -> Node | None:
     for leaf in _leaves(node, (Pointwise,)):
         if node.operands == (leaf,) and node.function in FUNCTIONS:
             continue
-        kinked = any(
-            isinstance(o, Pointwise) and o.function in _KINKED for o in _between(node, leaf)
-        )
+        within = between(node, leaf)
+        kinked = any(isinstance(o, Pointwise) and o.function in _KINKED for o in within)
         found = partial(evaluate_from, node, leaf)
         name = probes.nearest_function(found, FUNCTIONS, kinked=kinked)
         if name is not None:
