@@ -75,9 +75,9 @@ def compiled(cache_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def weights(config: dict[str, Any], prefix: str, dtype: torch.dtype, seed: int = 0) -> Weights:
     """A layer's tensors with their names in a checkpoint."""
     generator = torch.Generator().manual_seed(seed)
-    shapes = models.definition(config["model_type"]).tensor_shapes(
-        models.definition(config["model_type"]).read(config)
-    )
+    model = config["model_type"]
+    layer = models.LayerConfig(model, models.definition(model).read(config))
+    shapes = models.tensor_shapes(layer)
     return {
         prefix + name: torch.randn(shape, generator=generator).mul_(0.02).to(dtype)
         for name, shape in shapes.items()
