@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import grp
 import os
+import pwd
+import stat
 from pathlib import Path
+from typing import BinaryIO
 
 from memladder.core.errors import UsageError
+
+_NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+# Without O_NONBLOCK a pipe of that name would wait for its reader.
+_LOG = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+_OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
@@ -18,7 +27,9 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with temporary.open("wb") as file:
+            # What a killed process of the same number has left.
+            temporary.unlink(missing_ok=True)
+            with open_new(temporary) as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
@@ -29,12 +40,67 @@ def write_atomic(path: Path, content: str | bytes) -> None:
         raise UsageError(f"cannot write {path}: {error.strerror or error}") from None
 
 
+def open_new(path: Path) -> BinaryIO:
+    """A file to write to that was not there, and is no link. Raises FileExistsError, OSError."""
+    return os.fdopen(os.open(path, _NEW, 0o666), "wb")
+
+
+def open_log(path: Path) -> int:
+    """A descriptor that appends to an empty regular file, made or emptied, its folder too.
+
+    A link, a pipe or a device is left alone. Raises UsageError.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = os.open(path, _LOG, 0o666)
+    except OSError as error:
+        reason = "it is a link" if path.is_symlink() else error.strerror or error
+        raise UsageError(f"cannot write {path}: {reason}") from None
+    found = os.fstat(file)
+    if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+        os.close(file)
+        raise UsageError(f"cannot write {path}: it is not a regular file of its own")
+    os.ftruncate(file, 0)
+    return file
+
+
+def require_own(path: Path, top: Path) -> None:
+    """Raise UsageError where `path`, or a folder between it and `top`, which is one of its parents,
+    could have been written by another user than this one and root."""
+    for one in (path, *path.parents[: len(path.relative_to(top).parts)]):
+        found = one.lstat()
+        if found.st_uid not in (0, os.geteuid()):
+            raise UsageError(f"{one} belongs to user {found.st_uid}, so it is not used; remove it")
+        shared = not stat.S_ISLNK(found.st_mode) and found.st_mode & _OTHERS_WRITE
+        if shared and not found.st_mode & stat.S_ISVTX and not _only_ours(found):
+            mode = stat.S_IMODE(found.st_mode)
+            raise UsageError(
+                f"{one} can be written by other users (mode {mode:o}), so it is not used; "
+                f"check what it holds, then: chmod go-w {one}"
+            )
+
+
+def _only_ours(found: os.stat_result) -> bool:
+    """Can the group alone write, and is it this user's own? Debian's umask 002 makes such files."""
+    if found.st_mode & stat.S_IWOTH:
+        return False
+    if found.st_gid == 0:
+        return True
+    try:
+        group, user = grp.getgrgid(found.st_gid), pwd.getpwuid(os.geteuid())
+    except KeyError:
+        return False
+    return (group.gr_gid, group.gr_name) == (user.pw_gid, user.pw_name) and not group.gr_mem
+
+
 def writable_folder(path: Path) -> Path:
     """`path` as a folder that exists and takes files. Raises UsageError if it does not."""
     probe = path / f".memladder.{os.getpid()}.tmp"
     try:
         path.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(b"\0")
+        probe.unlink(missing_ok=True)
+        with open_new(probe) as file:
+            file.write(b"\0")
         probe.unlink()
     except OSError as error:
         raise UsageError(f"cannot write into folder {path}: {error.strerror or error}") from None

@@ -18,6 +18,7 @@ from memladder.core.errors import MemladderError
 from memladder.core.plan import CompilerPlan
 from memladder.core.record import Check, StructureCheck
 from memladder.core.serial import StrEnum
+from memladder.core.text import clean, cleaned
 from memladder.frameworks.base import Job, Setting
 from memladder.models import LayerConfig
 
@@ -142,7 +143,7 @@ def decode(line: bytes) -> Message:
     """The message in a line. Raises ValueError when it is not exactly one."""
     try:
         ((name, body),) = json.loads(line).items()
-        return serial.from_json(_KINDS[name], body)
+        return serial.from_json(_KINDS[name], cleaned(body))
     except (ValueError, KeyError, AttributeError, RecursionError, MemladderError) as error:
         raise ValueError(f"not a worker's message: {line[:60]!r}") from error
 
@@ -153,7 +154,6 @@ def decode_order(line: bytes) -> Order:
 
 
 def one_line(text: str) -> str:
-    """The first line of a text that has any ink, cut to what a reason may hold."""
-    lines = (line.strip() for line in text.splitlines())
-    first = next((line for line in lines if line), "")
-    return first if len(first) <= MAX_REASON else first[: MAX_REASON - 1] + "…"
+    """The first line of a text that has any ink, cleaned and cut to what a reason may hold."""
+    lines = (clean(line, MAX_REASON) for line in text.splitlines())
+    return next((line for line in lines if line), "")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import subprocess
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -19,10 +18,12 @@ import numpy as np
 import torch
 
 from memladder import models
+from memladder.core import children
 from memladder.core.case import Workload
 from memladder.core.errors import CacheError, FormatError, MemladderError
 from memladder.core.files import write_atomic
 from memladder.core.serial import from_json, to_json
+from memladder.core.text import clean
 from memladder.engine.graph.fused import Parameters
 from memladder.engine.packed import packing
 from memladder.engine.packed.packed_layer import Form
@@ -67,16 +68,11 @@ def ensure_apart(config: LayerConfig, cache_dir: Path) -> CompiledLayer:
     its 300 MiB along when it ends."""
     models.definition(config.model).require_fixed_positions(config.values)
     if not _path(config, cache_dir).exists():
-        done = subprocess.run(
-            [sys.executable, "-m", __name__],
-            input=json.dumps([config.model, config.values, str(cache_dir)]),
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        told = json.dumps([config.model, config.values, str(cache_dir)])
+        done = children.run(children.module(__name__), given=told)
         if done.returncode:
             lines = done.stderr.splitlines() or ["no reason was given"]
-            raise FormatError(lines[-1])
+            raise FormatError(clean(lines[-1]))
     return ensure(config, cache_dir)
 
 

@@ -39,6 +39,8 @@ class Builder:
     buffers: dict[str, Buffer] = field(default_factory=dict)
     steps: list[Step] = field(default_factory=list)
     quantised: dict[Rows, tuple[Rows, Rows]] = field(default_factory=dict)
+    state: tuple[Buffer, ...] = ()
+    scalars: tuple[Buffer, ...] = ()
 
     def __post_init__(self) -> None:
         self.input = self.new(STATES, self.shape.tokens, self.hidden_size).buffer
@@ -51,7 +53,8 @@ class Builder:
 
     def program(self) -> Program:
         """What was written so far."""
-        return Program(tuple(self.buffers.values()), tuple(self.steps), self.input, self.output)
+        buffers, steps = tuple(self.buffers.values()), tuple(self.steps)
+        return Program(buffers, steps, self.input, self.output, self.state, self.scalars)
 
     def new(self, stem: str, rows: int, columns: int, dtype: str = "float16") -> Rows:
         """A buffer of its own, all of its rows."""
@@ -68,8 +71,10 @@ class Builder:
         values: Mapping[str, Value] | None = None,
         in_place: tuple[tuple[str, str], ...] = (),
     ) -> None:
-        """One step more."""
+        """One step more. What was made of rows that it overwrites is of no use any more."""
         self.steps.append(Step(kernel, reads, writes, weights or {}, values or {}, in_place))
+        for x in [x for x in self.quantised if any(map(x.overlaps, writes.values()))]:
+            del self.quantised[x]
 
     def linear(
         self, name: str, x: Rows, out: Rows, activation: str = "", residual: Rows | None = None

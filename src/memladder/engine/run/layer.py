@@ -14,7 +14,7 @@ from memladder.core.case import Workload
 from memladder.core.errors import UsageError
 from memladder.engine.compile import bundle
 from memladder.engine.packed import packed_layer
-from memladder.engine.packed.packed_layer import ACTIVATIONS, PackedLayer
+from memladder.engine.packed.packed_layer import PackedLayer
 from memladder.engine.program.plan import plan
 from memladder.engine.program.steps import Program
 from memladder.engine.run.execute import Execution, arena_bytes
@@ -95,7 +95,7 @@ def load_layer(
     where = torch_device(device)
     packed = packed_layer.load(Path(path))
     name = str(packed.form.format).partition(":")[0]
-    spec = ACTIVATIONS.get(name, "fp16") if activation is None else activation
+    spec = formats.ACTIVATIONS.get(name, "fp16") if activation is None else activation
     kind = formats.get(spec)
     if not kind.is_activation:
         allowed = ", ".join(key for key in formats.names() if formats.get(key).is_activation)

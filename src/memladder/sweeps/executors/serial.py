@@ -25,13 +25,14 @@ _FINAL = (Status.MEASURED, Status.PLANNED, Status.OOM)
 
 @dataclass(frozen=True)
 class SweepOptions:
-    """How a sweep measures. `fresh` ignores what the store already has."""
+    """How a sweep measures. `fresh` ignores what the store already has, `retry` what ended so."""
 
     cache_dir: Path
     repeats: int
     limits: runner.Limits
     seed: int = 0
     fresh: bool = False
+    retry: frozenset[Status] = frozenset()
 
 
 class View(Protocol):
@@ -92,7 +93,7 @@ def sweep(
                 verifications[name] = checked
         job = Job(case, configs[case.model], options.cache_dir, options.seed)
         started = time.monotonic()
-        known = None if options.fresh else _known(job, contents, options.repeats)
+        known = None if options.fresh else _known(job, contents, options)
         if known is None:
             view.started(case)
             framework = frameworks.get(name)
@@ -116,7 +117,7 @@ def sweep(
     return Outcome(tuple(records), tuple(verifications.values()))
 
 
-def _known(job: Job, contents: Contents, repeats: int) -> Record | None:
+def _known(job: Job, contents: Contents, options: SweepOptions) -> Record | None:
     """The store's record of this very case, layer and environment, if it need not be repeated."""
     framework = frameworks.get(job.case.framework)
     here = environment.describe(job.case, framework)
@@ -126,7 +127,8 @@ def _known(job: Job, contents: Contents, repeats: int) -> Record | None:
             and record.layer is not None
             and (record.layer.digest, record.layer.seed) == (job.config.digest, job.seed)
             and record.status in _FINAL
-            and (record.status is not Status.MEASURED or len(record.runs) >= repeats)
+            and record.status not in options.retry
+            and (record.status is not Status.MEASURED or len(record.runs) >= options.repeats)
             and record.environment.same_as(here)
         ):
             return record
