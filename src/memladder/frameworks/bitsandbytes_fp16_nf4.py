@@ -18,6 +18,7 @@ from memladder.frameworks.torch_quantised import Quantised
 from memladder.models import LayerConfig, tensor_shapes
 
 if TYPE_CHECKING:
+    from memladder.frameworks._rules.question import Answer, Question
     import torch
     from torch import nn
 
@@ -87,6 +88,12 @@ class BitsAndBytesNf4(Quantised):
         if _repacks(rows, columns, job.case.device):
             return rows * columns // 2 + 2 * blocks
         return rows * columns // 2 + blocks + 4 * -(-blocks // _BLOCKS)
+
+    def predict(self, question: Question) -> Answer:
+        """As PyTorch's, with this package's matrices and products."""
+        from memladder.frameworks._rules import bitsandbytes, torch_layer
+
+        return torch_layer.predict(question, bitsandbytes.PACKAGE)
 
     def format_settings(self, job: Job) -> Mapping[str, Setting]:
         """Blocks and storage, and whether the CPU has matrices repacked."""

@@ -26,6 +26,7 @@ from memladder.frameworks.torch_common import (
 from memladder.models.weights import fill_hidden_states
 
 if TYPE_CHECKING:
+    from memladder.frameworks._rules.question import Answer, Question
     import numpy as np
     from torch import Tensor
 
@@ -128,6 +129,12 @@ class Ladder(Framework):
             job.seed,
             self.activation_format(),
         )
+
+    def predict(self, question: Question) -> Answer:
+        """Packed weights and the plan of the arena, in closed form (`_rules/ladder.py`)."""
+        from memladder.frameworks._rules import ladder, stored
+
+        return ladder.predict(question, stored.SCHEMES[self.weight], self.activation)
 
     def tolerance(self, device: str) -> float:
         """Four unit roundoffs of float16 (2^-11), in which activations are kept between steps.

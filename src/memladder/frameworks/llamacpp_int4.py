@@ -26,6 +26,7 @@ from memladder.frameworks.base import (
 from memladder.models import gguf_export, hidden_size, weights
 
 if TYPE_CHECKING:
+    from memladder.frameworks._rules.question import Answer, Question
     import numpy as np
     import torch
 
@@ -92,6 +93,12 @@ class LlamaCpp(Framework):
         with torch.inference_mode():
             output: np.ndarray = made(states).numpy()
         return output
+
+    def predict(self, question: Question) -> Answer:
+        """The file's tensors, cells, compute buffer (`_rules/llamacpp.py`)."""
+        from memladder.frameworks._rules import llamacpp, stored
+
+        return llamacpp.predict(question, stored.SCHEMES["q4_0"])
 
     def tolerance(self, device: str) -> float:
         """As for Ladder's int8 on CUDA: rounding is a step, and sums in another order move some

@@ -18,6 +18,7 @@ from memladder.frameworks.torch_common import cuda_build, memory_errors
 from memladder.models import weights
 
 if TYPE_CHECKING:
+    from memladder.frameworks._rules.question import Answer, Question
     import numpy as np
     import torch
 
@@ -59,6 +60,12 @@ class PyTorch(Framework):
     def makes(self, job: Job) -> str:
         """The same for all shapes."""
         return f"{job.config.digest} weights"
+
+    def predict(self, question: Question) -> Answer:
+        """The load and the passes, replayed (`_rules/torch_layer.py`)."""
+        from memladder.frameworks._rules import torch_layer
+
+        return torch_layer.predict(question, torch_layer.PLAIN)
 
     def tolerance(self, device: str) -> float:
         """Four unit roundoffs of the dtype: 2^-11 in float16, 2^-8 in bfloat16, the CPU's worst.

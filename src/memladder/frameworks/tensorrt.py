@@ -34,6 +34,7 @@ from memladder.frameworks.torch_common import installed
 from memladder.models import cache, onnx_export, weights
 
 if TYPE_CHECKING:
+    from memladder.frameworks._rules.question import Answer, Question
     import numpy as np
 
 _INSTALL = "pip install 'memladder[tensorrt]'"
@@ -122,6 +123,12 @@ class TensorRT(Framework):
             "assumed_context": "rerun log, A100-80GB, TensorRT's process before its engine",
         }
         return CompilerPlan(_TARGET, compiler, parts, {"cuda_context": _CONTEXT_BYTES}), settings
+
+    def predict(self, question: Question) -> Answer:
+        """What its compiler would plan (`_rules/tensorrt.py`)."""
+        from memladder.frameworks._rules import tensorrt
+
+        return tensorrt.predict(question)
 
     def tolerance(self, device: str) -> float:
         """Four unit roundoffs of float16 (2^-11), as for ONNX Runtime on the same graph."""

@@ -14,6 +14,7 @@ from memladder.frameworks.torch_quantised import Quantised, group_size
 from memladder.models import LayerConfig
 
 if TYPE_CHECKING:
+    from memladder.frameworks._rules.question import Answer, Question
     import torch
     from torch import nn
 
@@ -85,6 +86,12 @@ class TorchAOInt4(Quantised):
             )
         groups = rows * columns // group_size(job.config)
         return rows * columns // 2 + _SCALE_AND_ZERO_BYTES * groups
+
+    def predict(self, question: Question) -> Answer:
+        """As PyTorch's, with this package's matrices and products."""
+        from memladder.frameworks._rules import torchao, torch_layer
+
+        return torch_layer.predict(question, torchao.INT4)
 
     def format_settings(self, job: Job) -> Mapping[str, Setting]:
         """Groups, and how zero points are chosen."""

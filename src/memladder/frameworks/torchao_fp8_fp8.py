@@ -16,6 +16,7 @@ from memladder.frameworks.torch_quantised import Quantised
 from memladder.models import LayerConfig
 
 if TYPE_CHECKING:
+    from memladder.frameworks._rules.question import Answer, Question
     import torch
     from torch import nn
 
@@ -95,6 +96,12 @@ class TorchAOFp8(Quantised):
         """A byte an element, a float32 scale a row."""
         del job
         return rows * columns + _SCALE_BYTES * rows
+
+    def predict(self, question: Question) -> Answer:
+        """As PyTorch's, with this package's matrices and products."""
+        from memladder.frameworks._rules import torchao, torch_layer
+
+        return torch_layer.predict(question, torchao.FP8)
 
     def format_settings(self, job: Job) -> Mapping[str, Setting]:
         """Granularity."""

@@ -33,6 +33,7 @@ from memladder.frameworks.base import (
 from memladder.frameworks.torch_common import cuda_build, memory_errors
 
 if TYPE_CHECKING:
+    from memladder.frameworks._rules.question import Answer, Question
     import numpy as np
     from torch import nn
 
@@ -101,6 +102,12 @@ class Vllm(Framework):
         if self.weight == "fp16":
             return super().weight_bytes(job)
         return packed_bytes(job.config, 4, vllm_engine.group_size(job.config), 16)
+
+    def predict(self, question: Question) -> Answer:
+        """By the engine's own rules; a checkpoint's scheme where the row's format is fp16."""
+        from memladder.frameworks._rules import stored, vllm
+
+        return vllm.predict(question, stored.SCHEMES[self.weight] if self.weight != "fp16" else None)
 
     def tolerance(self, device: str) -> float:
         """Nothing is compared: the output can't be read."""

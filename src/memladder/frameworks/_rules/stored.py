@@ -51,7 +51,7 @@ SCHEMES: Mapping[str, Scheme] = {
     "fp8": Scheme(8, None, 32),
     "mxfp8": Scheme(8, 32, 8),
     "int4": Scheme(4, 128, 16),
-    "nf4": NF4,
+    "nf4": Scheme(4, 64, 16),
     "mxfp4": Scheme(4, 32, 8),
     "int2": Scheme(2, 128, 16),
     "int1": Scheme(1, None, 32),
