@@ -18,9 +18,10 @@ from memladder.frameworks.torch_quantised import Quantised
 from memladder.models import LayerConfig, tensor_shapes
 
 if TYPE_CHECKING:
-    from memladder.frameworks._rules.question import Answer, Question
     import torch
     from torch import nn
+
+    from memladder.frameworks._rules.question import Answer, Question
 
 _BLOCK = 64
 _BLOCKS = 256

@@ -14,9 +14,10 @@ from memladder.frameworks.torch_quantised import Quantised, group_size
 from memladder.models import LayerConfig
 
 if TYPE_CHECKING:
-    from memladder.frameworks._rules.question import Answer, Question
     import torch
     from torch import nn
+
+    from memladder.frameworks._rules.question import Answer, Question
 
 _SCALE_BYTES = 2
 _ZERO = 8

@@ -26,12 +26,12 @@ from memladder.frameworks.torch_common import (
 from memladder.models.weights import fill_hidden_states
 
 if TYPE_CHECKING:
-    from memladder.frameworks._rules.question import Answer, Question
     import numpy as np
     from torch import Tensor
 
     from memladder.engine.packed.packed_layer import PackedLayer
     from memladder.formats.base import Format
+    from memladder.frameworks._rules.question import Answer, Question
 
 _INSTALL = {
     "cpu": "pip install 'memladder[ladder]'",

@@ -26,9 +26,10 @@ from memladder.frameworks.base import (
 from memladder.models import gguf_export, hidden_size, weights
 
 if TYPE_CHECKING:
-    from memladder.frameworks._rules.question import Answer, Question
     import numpy as np
     import torch
+
+    from memladder.frameworks._rules.question import Answer, Question
 
 _INSTALL = "pip install 'memladder[llamacpp]'"
 _NEEDED = ("llama_cpp", "gguf", "torch", "transformers", "safetensors")

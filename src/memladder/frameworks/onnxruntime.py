@@ -24,8 +24,9 @@ from memladder.frameworks.base import (
 from memladder.models import onnx_export, weights
 
 if TYPE_CHECKING:
-    from memladder.frameworks._rules.question import Answer, Question
     import numpy as np
+
+    from memladder.frameworks._rules.question import Answer, Question
 
 _DISTRIBUTIONS = ("onnxruntime-gpu", "onnxruntime")
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}

@@ -18,10 +18,10 @@ from memladder.frameworks.torch_common import cuda_build, memory_errors
 from memladder.models import weights
 
 if TYPE_CHECKING:
-    from memladder.frameworks._rules.question import Answer, Question
     import numpy as np
     import torch
 
+    from memladder.frameworks._rules.question import Answer, Question
     from memladder.models.layer import Block
 
 _INSTALL = "pip install 'memladder[pytorch]'"

@@ -34,8 +34,9 @@ from memladder.frameworks.torch_common import installed
 from memladder.models import cache, onnx_export, weights
 
 if TYPE_CHECKING:
-    from memladder.frameworks._rules.question import Answer, Question
     import numpy as np
+
+    from memladder.frameworks._rules.question import Answer, Question
 
 _INSTALL = "pip install 'memladder[tensorrt]'"
 _EXPORTERS = ("torch", "transformers", "onnx", "onnxscript")

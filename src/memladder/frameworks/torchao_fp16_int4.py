@@ -14,9 +14,10 @@ from memladder.frameworks.torch_quantised import Quantised, group_size
 from memladder.models import LayerConfig
 
 if TYPE_CHECKING:
-    from memladder.frameworks._rules.question import Answer, Question
     import torch
     from torch import nn
+
+    from memladder.frameworks._rules.question import Answer, Question
 
 # `_convert_weight_to_int4pack` on CUDA: tiles of 8 rows, and of 1024 columns in torchao's packing.
 _TILE = (8, 1024)
@@ -89,7 +90,7 @@ class TorchAOInt4(Quantised):
 
     def predict(self, question: Question) -> Answer:
         """As PyTorch's, with this package's matrices and products."""
-        from memladder.frameworks._rules import torchao, torch_layer
+        from memladder.frameworks._rules import torch_layer, torchao
 
         return torch_layer.predict(question, torchao.INT4)
 

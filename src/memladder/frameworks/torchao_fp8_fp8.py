@@ -16,9 +16,10 @@ from memladder.frameworks.torch_quantised import Quantised
 from memladder.models import LayerConfig
 
 if TYPE_CHECKING:
-    from memladder.frameworks._rules.question import Answer, Question
     import torch
     from torch import nn
+
+    from memladder.frameworks._rules.question import Answer, Question
 
 _LEAST = (8, 9)
 _SCALE_BYTES = 4
@@ -99,7 +100,7 @@ class TorchAOFp8(Quantised):
 
     def predict(self, question: Question) -> Answer:
         """As PyTorch's, with this package's matrices and products."""
-        from memladder.frameworks._rules import torchao, torch_layer
+        from memladder.frameworks._rules import torch_layer, torchao
 
         return torch_layer.predict(question, torchao.FP8)
 

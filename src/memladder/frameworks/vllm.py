@@ -33,9 +33,10 @@ from memladder.frameworks.base import (
 from memladder.frameworks.torch_common import cuda_build, memory_errors
 
 if TYPE_CHECKING:
-    from memladder.frameworks._rules.question import Answer, Question
     import numpy as np
     from torch import nn
+
+    from memladder.frameworks._rules.question import Answer, Question
 
 _INSTALL = "memladder env create vllm"
 # vLLM's fused matrices, and the model's that they are made of.
@@ -107,7 +108,9 @@ class Vllm(Framework):
         """By the engine's own rules; a checkpoint's scheme where the row's format is fp16."""
         from memladder.frameworks._rules import stored, vllm
 
-        return vllm.predict(question, stored.SCHEMES[self.weight] if self.weight != "fp16" else None)
+        return vllm.predict(
+            question, stored.SCHEMES[self.weight] if self.weight != "fp16" else None
+        )
 
     def tolerance(self, device: str) -> float:
         """Nothing is compared: the output can't be read."""

@@ -69,10 +69,11 @@ def find(text: str) -> Gpu:
     for gpu, names in _rows():
         if wanted in map(_plain, names):
             return gpu
-    names = {_plain(name): gpu.name for gpu, many in _rows() for name in many}
-    close = difflib.get_close_matches(wanted, names, n=3, cutoff=0.4)
-    nearest = ", ".join(dict.fromkeys(names[name] for name in close))
-    said = f"the nearest are {nearest}" if nearest else f"known: {', '.join(g.name for g in table())}"
+    plain = {_plain(name): gpu.name for gpu, many in _rows() for name in many}
+    close = difflib.get_close_matches(wanted, plain, n=3, cutoff=0.4)
+    nearest = ", ".join(dict.fromkeys(plain[name] for name in close))
+    known = ", ".join(gpu.name for gpu in table())
+    said = f"the nearest are {nearest}" if nearest else f"known: {known}"
     raise UsageError(f"unknown GPU {text[:40]!r}; {said}; or give what is free, as --free 18GiB")
 
 

@@ -77,7 +77,7 @@ def _header(file: Path) -> dict[str, Any]:
             first = opened.read(8)
             size = struct.unpack("<Q", first)[0] if len(first) == 8 else 0
             if not 2 <= size <= _LIMIT:
-                raise ConfigError(f"{file}: no safetensors file: its header would have {size} bytes")
+                raise ConfigError(f"{file}: no safetensors: its header would have {size} bytes")
             found = json.loads(opened.read(size))
     except OSError as error:
         raise ConfigError(f"{file}: {error.strerror or error}") from None

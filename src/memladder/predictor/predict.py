@@ -14,7 +14,9 @@ from memladder.predictor.gpus import Gpu
 from memladder.predictor.headers import Checkpoint
 from memladder.predictor.model import Model
 
-_CONTEXT_SPREAD = 128 << 20
+# A context that was not measured: of the generation whose was, and of another.
+_KNOWN_CAPABILITY = (9, 0)
+_NEAR_SPREAD, _FAR_SPREAD = 8 << 20, 128 << 20
 # Rows whose weights are the checkpoint's own.
 _AS_STORED = ("vllm",)
 CPU = Device("cpu", 1 << 62, 0, True, None, is_cpu=True)
@@ -69,7 +71,7 @@ def answer(model: Model, framework: str, asked: Question) -> Prediction:
         entries = _as_stored(entries, model.checkpoint, asked.ranks)
         notes.append(f"weights by the headers of {model.checkpoint.files} safetensors files")
     if not asked.device.is_cpu and not asked.device.context_measured:
-        notes.append(f"the CUDA context of {asked.device.name} was not measured: an H100's stands in")
+        notes.append(f"CUDA's context on {asked.device.name} was not measured: an H100's stands in")
     if asked.model.positions and asked.length > asked.model.positions:
         notes.append(f"{asked.length} tokens are more than the model's {asked.model.positions}")
     ledger = summed(entries)
@@ -100,7 +102,8 @@ def _margin(found: Answer, asked: Question, sizes: Mapping[str, int]) -> int:
     margin = round(found.spread * (sum(sizes.values()) - sure) + 0.001 * sure)
     margin += found.spread_bytes
     if not asked.device.is_cpu and not asked.device.context_measured:
-        margin += _CONTEXT_SPREAD
+        near = asked.device.capability == _KNOWN_CAPABILITY
+        margin += _NEAR_SPREAD if near else _FAR_SPREAD
     return margin
 
 

@@ -163,8 +163,7 @@ class CachingAllocator:
 
     def __init__(self) -> None:
         self._pools = {True: _Pool(_SMALL_PAGE), False: _Pool(_LARGE_PAGE)}
-        self.allocated = 0
-        self.reset_peaks()
+        self.allocated = self.peak_allocated = self.peak_reserved = 0
 
     def malloc(self, size: int) -> Allocation | None:
         """A block of at least `size` bytes; None for nothing."""

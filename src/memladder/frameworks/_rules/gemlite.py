@@ -7,7 +7,7 @@ core.py (`GemLiteLinear.pack`), bitpack.py.
 from __future__ import annotations
 
 from memladder.frameworks._rules.caching_allocator import CachingAllocator
-from memladder.frameworks._rules.inductor import Product
+from memladder.frameworks._rules.inductor import own_kernels
 from memladder.frameworks._rules.torch_layer import Package
 from memladder.models.architecture import TensorSpec
 
@@ -49,5 +49,4 @@ def load(allocator: CachingAllocator, tensor: TensorSpec) -> tuple[int, int]:
     return count // 2, 2 * groups
 
 
-PACKAGE = Package(load, lambda matrix, biased, rows: Product((), planned=False), 2 << 20)
-TRY = {"int4": ("gemlite_fp16_int4", PACKAGE)}
+PACKAGE = Package(load, own_kernels, 2 << 20)

@@ -50,6 +50,12 @@ def by_cublas(matrix: TensorSpec, biased: bool, rows: int) -> Product:
     return Product(("cublas", "cublaslt") if biased else ("cublas",))
 
 
+def own_kernels(matrix: TensorSpec, biased: bool, rows: int) -> Product:
+    """An operator that multiplies without a library, and makes its output."""
+    del matrix, biased, rows
+    return Product((), planned=False)
+
+
 def steps(
     question: Question, layer: LayerSpec, multiplies: Multiplies, sum_over: str = "o"
 ) -> list[Step]:
@@ -67,7 +73,7 @@ def steps(
     return [_multiplied(step, tensors, multiplies, question.tokens) for step in found]
 
 
-def rounded(steps: list[Step], rows: int) -> list[Step]:
+def rounded(steps: list[Step]) -> list[Step]:
     """The same pass with products of activations in a byte an element and a scale a row.
 
     Norms write bytes at once; what attention and the MLP make is rounded into another buffer.
@@ -87,7 +93,6 @@ def rounded(steps: list[Step], rows: int) -> list[Step]:
         if step.name in ("o", "down"):
             last = tuple(f"{n}_8" if n in ("attended", "merged") else n for n in step.last)
             found[-1] = replace(step, last=last)
-    del rows
     return found
 
 

@@ -24,7 +24,7 @@ _HOPPER = (9, 0)
 
 
 def predict(question: Question, scheme: stored.Scheme, activation: str) -> Answer:
-    """Weights in one block, the arena in another. Raises UnpredictableError for experts and such."""
+    """Weights in one block, the arena in another. Raises UnpredictableError."""
     if question.ranks > 1:
         raise UnpredictableError("ladder runs on one GPU")
     for group in question.groups():
@@ -85,5 +85,3 @@ def _arena(question: Question, activation: str) -> int:
         mlp = chunk * (2 * layer.inner + (layer.inner if quantised else 0) + norm)
         best = max(best, attention, mlp)
     return 2 * rows * hidden + best
-
-

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,6 +61,13 @@ SCHEMES: Mapping[str, Scheme] = {
 }
 
 
+def scheme(name: str) -> Scheme:
+    """A scheme by its format's name. Raises UnpredictableError."""
+    if name not in SCHEMES:
+        raise UnpredictableError(f"unknown format {name[:40]!r}; known: {', '.join(SCHEMES)}")
+    return SCHEMES[name]
+
+
 @dataclass(frozen=True)
 class Stored:
     """Bytes of the layers' codes and scales, and of the tables around them."""
@@ -69,8 +77,15 @@ class Stored:
     around: int = 0
 
 
-Quantises = Callable[[TensorSpec, int], Scheme | None]
-"""The scheme of a tensor in a layer of that number; None where it stays as it is."""
+@dataclass(frozen=True)
+class Quantises:
+    """The scheme of a tensor in a layer of that number; None where it stays as it is.
+
+    `by_layer`: layers of one group may differ.
+    """
+
+    scheme_of: Callable[[TensorSpec, int], Scheme | None]
+    by_layer: bool = False
 
 
 def stored(
@@ -103,13 +118,13 @@ def padded(tensor: TensorSpec, multiple: int = 64) -> TensorSpec:
 
 
 def _schemes(
-    numbers: Iterable[int], tensor: TensorSpec, quantises: Quantises
+    numbers: Sequence[int], tensor: TensorSpec, quantises: Quantises
 ) -> list[tuple[Scheme | None, int]]:
-    found: dict[Scheme | None, int] = {}
-    for number in numbers:
-        scheme = quantises(tensor, number) if tensor.linear and len(tensor.shape) == 2 else None
-        found[scheme] = found.get(scheme, 0) + 1
-    return list(found.items())
+    if not tensor.linear or len(tensor.shape) != 2:
+        return [(None, len(numbers))]
+    if not quantises.by_layer:
+        return [(quantises.scheme_of(tensor, numbers[0]), len(numbers))]
+    return list(Counter(quantises.scheme_of(tensor, number) for number in numbers).items())
 
 
 def tensor_bytes(
@@ -130,7 +145,12 @@ def tensor_bytes(
 
 def everywhere(scheme: Scheme | None) -> Quantises:
     """All linear layers in one scheme."""
-    return lambda tensor, number: scheme
+
+    def chosen(tensor: TensorSpec, number: int) -> Scheme | None:
+        del tensor, number
+        return scheme
+
+    return Quantises(chosen)
 
 
 def checkpoint(model: Architecture) -> Quantises:
@@ -153,7 +173,7 @@ def checkpoint(model: Architecture) -> Quantises:
             return None
         return None if ignored(tensor.name, number) else scheme
 
-    return chosen
+    return Quantises(chosen, by_layer=True)
 
 
 def _bits(config: Mapping[str, Any], name: str, allowed: tuple[int, ...]) -> int:
@@ -236,16 +256,26 @@ def _modelopt(config: Mapping[str, Any]) -> Scheme:
     raise UnpredictableError(f"quantization_config: no rules for quant_algo {algorithm[:40]!r}")
 
 
+def _fbgemm(config: Mapping[str, Any]) -> Scheme:
+    del config
+    return Scheme(8, None, 32)
+
+
+def _mxfp4(config: Mapping[str, Any]) -> Scheme:
+    del config
+    return SCHEMES["mxfp4"]
+
+
 _READERS: Mapping[str, Callable[[Mapping[str, Any]], Scheme]] = {
     "gptq": _gptq,
     "awq": _awq,
     "fp8": _fp8,
-    "fbgemm_fp8": lambda config: Scheme(8, None, 32),
+    "fbgemm_fp8": _fbgemm,
     "bitsandbytes": _bitsandbytes,
     "compressed-tensors": _compressed,
     "modelopt": _modelopt,
     "nvfp4": _modelopt,
-    "mxfp4": lambda config: SCHEMES["mxfp4"],
+    "mxfp4": _mxfp4,
 }
 
 
@@ -265,7 +295,9 @@ def _ignored(config: Mapping[str, Any]) -> Callable[[str, int], bool]:
             elif "*" in name:
                 patterns.append(re.compile(re.escape(name).replace(r"\*", ".*")))
         except re.error as error:
-            raise UnpredictableError(f"quantization_config: pattern {name[:40]!r}: {error}") from None
+            raise UnpredictableError(
+                f"quantization_config: pattern {name[:40]!r}: {error}"
+            ) from None
     by_layer = {name for name in plain if re.search(r"\.\d+\.", name)}
     anywhere = [name for name in plain if name not in by_layer]
 
@@ -284,7 +316,7 @@ def _ignored(config: Mapping[str, Any]) -> Callable[[str, int], bool]:
 def _covers(name: str, number: int, module: str) -> bool:
     """Whether `…layers.3.mlp` names the module, or a module around it, in layer 3."""
     found = re.search(rf"\.{number}\.(.+)", name)
-    return bool(found) and (module == found[1] or module.startswith(f"{found[1]}."))
+    return found is not None and (module == found[1] or module.startswith(f"{found[1]}."))
 
 
 def item_bytes(dtype: str) -> int:

@@ -32,4 +32,6 @@ def predict(question: Question) -> Answer:
         Entry("inputs_outputs", 2 * hidden + constants, Known.DERIVED),
         Entry("activations", activations + _SCRATCH, Known.DERIVED),
     )
-    return Answer(entries, 0.03, 8 * MIB, ("a plan, not a process: kernels are not in it",), VERSION)
+    return Answer(
+        entries, 0.03, 8 * MIB, ("a plan, not a process: kernels are not in it",), VERSION
+    )

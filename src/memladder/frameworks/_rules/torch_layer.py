@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 
 from memladder.core.ledger import Entry, Known
 from memladder.core.units import MIB
 from memladder.frameworks._rules import caches, inductor, passes
 from memladder.frameworks._rules.caching_allocator import CachingAllocator
 from memladder.frameworks._rules.question import Answer, Question, UnpredictableError
-from memladder.models.architecture import LayerSpec, TensorSpec
+from memladder.models.architecture import LayerGroup, LayerSpec, TensorSpec
 
 VERSION = "2.11"
 # Kernels and libraries outside of the allocator; six records of an H100, without and with cuBLAS.
@@ -87,9 +88,11 @@ class _Replay:
                 self._around += 2 * tensor.elements
                 take(2 * tensor.elements)
         for group in question.groups():
-            for _ in range(group.count):
+            if question.layers == 1:
                 for tensor in _ordered(group.layer):
                     self._tensor(tensor)
+            else:
+                self._lump(group)
         if self._package.load is not None:
             self._allocator.empty_cache()
         else:
@@ -97,9 +100,21 @@ class _Replay:
         self._take_given([2 * question.tokens * question.model.hidden_size])
         if question.past:
             self._cache = question.batch_size * caches.sequence_bytes(question, question.length)
-            layers = sum(group.count for group in question.groups())
-            for _ in range(2 * layers):
-                take(self._cache // (2 * layers))
+            take(self._cache)
+
+    def _lump(self, group: LayerGroup) -> None:
+        """Many layers: what stays of them, in one block; the load is not replayed."""
+        weights = scales = 0
+        for tensor in group.layer.tensors:
+            if self._package.load is None or not tensor.linear or len(tensor.shape) != 2:
+                weights += 2 * tensor.elements
+                continue
+            codes, more = _kept(self._package.load, tensor.shape)
+            weights += tensor.count * codes
+            scales += tensor.count * more
+        self._weights += group.count * weights
+        self._scales += group.count * scales
+        self._allocator.malloc(group.count * (weights + scales))
 
     def _take_given(self, sizes: list[int]) -> None:
         for size in sizes:
@@ -124,7 +139,7 @@ class _Replay:
         package = self._package
         steps = inductor.steps(self._question, self._usual, package.multiplies, package.sum_over)
         if package.rounds_activations:
-            steps = inductor.rounded(steps, self._question.tokens)
+            steps = inductor.rounded(steps)
         output = running.run(steps)
         allocator.empty_cache()
         for _ in range(2):
@@ -157,6 +172,12 @@ class _Replay:
         if self._question.seq_len >= _FLASH_TOKENS and not self._question.model.alibi:
             size += _FLASH_KERNELS
         return size + self._package.extra_kernels
+
+
+@cache
+def _kept(load: Load, shape: tuple[int, ...]) -> tuple[int, int]:
+    """Bytes of codes and of scales of a matrix."""
+    return load(CachingAllocator(), TensorSpec("", shape, linear=True))
 
 
 def _ordered(layer: LayerSpec) -> list[TensorSpec]:

@@ -7,7 +7,7 @@ Source: torchao 0.18, quantization/quantize_/workflows (`Int4TilePackedTo4dTenso
 from __future__ import annotations
 
 from memladder.frameworks._rules.caching_allocator import CachingAllocator
-from memladder.frameworks._rules.inductor import Product
+from memladder.frameworks._rules.inductor import Product, own_kernels
 from memladder.frameworks._rules.torch_layer import Package
 from memladder.models.architecture import TensorSpec
 
@@ -80,5 +80,4 @@ def multiplied_fp8(matrix: TensorSpec, biased: bool, rows: int) -> Product:
 
 
 FP8 = Package(load_fp8, multiplied_fp8, 2 << 20, rounds_activations=True)
-INT4 = Package(load_int4, lambda matrix, biased, rows: Product((), planned=False), 2 << 20)
-TRY = {"int4": ("torchao_fp16_int4", INT4),"fp8":("torchao_fp8_fp8",FP8)}
+INT4 = Package(load_int4, own_kernels, 2 << 20)

@@ -36,6 +36,9 @@ _GRAPHS = round(1.2 * GIB)
 def predict(question: Question, scheme: stored.Scheme | None) -> Answer:
     """Context to slack; with `gpu_memory_utilization` the cache is what is left."""
     minor = _minor(question.version or VERSION)
+    named = question.settings.get("weight_format")
+    if named is not None:
+        scheme = stored.scheme(named)
     server = "max_num_seqs" in question.settings or "gpu_memory_utilization" in question.settings
     quantises = stored.checkpoint(question.model) if scheme is None else stored.everywhere(scheme)
     held = stored.stored(question, quantises)
