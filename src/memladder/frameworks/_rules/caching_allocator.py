@@ -53,15 +53,17 @@ class _Pool:
 
     def _fitting(self, size: int) -> int | None:
         """The smallest free block; of one that could grow, what it could grow to counts."""
-        free = sorted(
+        free = [
             (block.size, block.start, index)
             for index, block in enumerate(self.blocks)
-            if block.mapped and not block.used and block.size >= size
-        )
+            if block.size >= size and block.mapped and not block.used
+        ]
         if not free:
             return None
-        best = free[0][2]
-        for _, _, index in free[1:]:
+        best = min(free)[2]
+        if self._growable(best) == self.blocks[best].size:
+            return best  # any other is as large at least
+        for _, _, index in sorted(free)[1:]:
             if self._growable(index) >= self._growable(best):
                 break
             best = index

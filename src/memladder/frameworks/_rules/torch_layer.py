@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 from memladder.core.ledger import Entry, Known
@@ -127,10 +127,11 @@ class _Replay:
             self._weights += 2 * tensor.elements
             self._allocator.malloc(2 * tensor.elements)
             return
-        for _ in range(tensor.count):
-            codes, scales = load(self._allocator, tensor)
-            self._weights += codes
-            self._scales += scales
+        codes, scales = load(self._allocator, replace(tensor, count=1))
+        self._weights += tensor.count * codes
+        self._scales += tensor.count * scales
+        # Experts after the first leave what it leaves: they are not replayed.
+        self._allocator.malloc((tensor.count - 1) * (codes + scales))
 
     def passes(self) -> None:
         """The first pass, in which libraries take their workspaces; then two more."""

@@ -133,7 +133,7 @@ class Architecture:
     """A decoder as its configuration describes it.
 
     `embeddings` are tables and head, the norms around the layers among them; `towers` are
-    parameters of what is no text: they are estimates. `rotary` are (positions, width) of tables of
+    parameters of what is no text: they are estimates. `positions` is 0 where nothing bounds them. `rotary` are (positions, width) of tables of
     angles that engines keep.
     """
 
