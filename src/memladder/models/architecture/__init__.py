@@ -133,8 +133,8 @@ class Architecture:
     """A decoder as its configuration describes it.
 
     `embeddings` are tables and head, the norms around the layers among them; `towers` are
-    parameters of what is no text: they are estimates. `positions` is 0 where nothing bounds them. `rotary` are (positions, width) of tables of
-    angles that engines keep.
+    parameters of what is no text: they are estimates. `positions` is 0 where nothing bounds them.
+    `rotary` are (positions, width) of the tables of angles that engines keep.
     """
 
     family: str
