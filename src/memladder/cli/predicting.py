@@ -216,6 +216,6 @@ def _print(found: object) -> None:
 
 
 def _console() -> Any:
-    from memladder.cli.actions import plain_console
+    from memladder.cli.console import plain_console
 
     return plain_console()
