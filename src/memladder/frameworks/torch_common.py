@@ -12,6 +12,9 @@ from pathlib import Path
 from memladder.core.units import GIB, KIB, MIB
 from memladder.frameworks.base import OutOfMemoryError
 
+TORCH_VARIABLES = ("PYTORCH_*", "TORCH_*", "TORCHINDUCTOR_*", "TORCHDYNAMO_*", "TRITON_*", "ATEN_*")
+"""What torch and Triton read from the environment: `Framework.variables`."""
+
 _UNITS = {"bytes": 1, "kib": KIB, "mib": MIB, "gib": GIB}
 _ASKED = re.compile(r"tried to allocate ([\d.]+) (bytes|KiB|MiB|GiB)", re.IGNORECASE)
 _MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
