@@ -1,9 +1,12 @@
+import importlib.util
 import sys
+from pathlib import Path
 from subprocess import run
 
 import pytest
 
 from memladder import frameworks
+from memladder.checks import doctor
 from memladder.core.case import Case, Workload
 from memladder.environments.probe import package_versions
 from memladder.meter import environment
@@ -134,6 +137,39 @@ def test_module_loading_is_told_as_it_takes_effect() -> None:
 def test_versions_are_those_installed() -> None:
     found = package_versions(("pytest", "no-such-distribution"))
     assert found == {"pytest": pytest.__version__}
+
+
+def _a_torch(folder: Path, version: str, cuda: str | None) -> None:
+    (folder / "torch").mkdir()
+    (folder / "torch" / "__init__.py").write_text("raise ImportError('not to be imported')")
+    (folder / "torch" / "version.py").write_text(f"__version__ = {version!r}\ncuda = {cuda!r}\n")
+
+
+@pytest.mark.parametrize(
+    ("version", "cuda", "expected", "said"),
+    [
+        ("2.13.0+cpu", None, "2.13.0+cpu", "2.13.0+cpu, a CPU build"),
+        ("2.11.0+cu130", "13.0", "2.11.0+cu130", "built for CUDA 13.0: on the CPU"),
+        # A distribution's own build has no tag.
+        ("2.11.0", "12.8", "2.11.0+cu128", "built for CUDA 12.8"),
+        ("2.11.0", None, "2.11.0", "2.11.0, a CPU build"),
+    ],
+)
+def test_the_record_and_the_doctor_say_how_torch_was_built(
+    version: str,
+    cuda: str | None,
+    expected: str,
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    _a_torch(tmp_path, version, cuda)
+    spec = importlib.util.spec_from_file_location("torch", tmp_path / "torch" / "__init__.py")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda *_: spec)
+    assert package_versions(["torch"]) == {"torch": expected}
+    found = doctor._torch()
+    assert found.good
+    assert said in found.text
 
 
 def test_measuring_imports_neither_torch_nor_numpy() -> None:
