@@ -142,6 +142,9 @@ class Framework(ABC):
     """Label in tables and figures."""
     packages: tuple[str, ...]
     """Distributions whose versions belong into the record."""
+    variables: tuple[str, ...] = ()
+    """Environment variables that change what it runs or takes, as a shell's patterns: `VLLM_*`.
+    They belong into the record, and two environments that differ in them are not the same."""
     rounds_as_layer: bool = True
     """Whether scores are rounded as the layer itself rounds them: to its dtype, which shows where
     BLOOM's positions are large (`models.reference.rounding`)."""

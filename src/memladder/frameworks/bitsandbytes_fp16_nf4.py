@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from memladder.frameworks.base import Job, Setting
+from memladder.frameworks.torch_common import TORCH_VARIABLES
 from memladder.frameworks.torch_quantised import Quantised
 from memladder.models import LayerConfig, tensor_shapes
 
@@ -34,6 +35,7 @@ class BitsAndBytesNf4(Quantised):
     title = "bitsandbytes-W_NF4 A_FP16"
     package = "bitsandbytes"
     packages = ("bitsandbytes", "torch", "triton", "transformers", "safetensors")
+    variables = ("BNB_*", "BITSANDBYTES_*", *TORCH_VARIABLES)
 
     def quantise(self, linear: nn.Linear, config: LayerConfig) -> nn.Module:
         """A Linear4bit; moving it to its device is what quantises."""

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from memladder.frameworks.base import Availability, Job, Setting
+from memladder.frameworks.torch_common import TORCH_VARIABLES
 from memladder.frameworks.torch_quantised import Quantised, group_size
 from memladder.models import LayerConfig
 
@@ -29,6 +30,7 @@ class GemLiteInt4(Quantised):
     title = "gemlite-W_INT4 A_FP16"
     package = "gemlite"
     packages = ("gemlite", "torch", "triton", "transformers", "safetensors")
+    variables = ("GEMLITE_*", *TORCH_VARIABLES)
 
     def availability(self, device: str) -> Availability:
         """Its kernels are Triton's."""

@@ -20,6 +20,7 @@ from memladder.core.devices import compute_capability
 from memladder.core.files import own_folder
 from memladder.frameworks.base import Availability, Framework, Job, Session, Setting
 from memladder.frameworks.torch_common import (
+    TORCH_VARIABLES,
     cuda_build,
     installed,
     memory_errors,
@@ -55,6 +56,7 @@ class Ladder(Framework):
     """The engine with one format for activations and one for weights."""
 
     packages = ("torch", "triton", "transformers", "safetensors", "onnx", "onnxscript")
+    variables = TORCH_VARIABLES
     rounds_as_layer = False
 
     def __init__(self, activation: str, weight: str) -> None:

@@ -42,6 +42,7 @@ class LlamaCpp(Framework):
 
     title = "llama.cpp-W_INT4 A_INT8"
     packages = ("llama-cpp-python", "gguf", "torch", "transformers", "safetensors")
+    variables = ("GGML_*", "LLAMA_*")
     rounds_as_layer = False
 
     def availability(self, device: str) -> Availability:

@@ -58,6 +58,7 @@ class OnnxRuntime(Framework):
 
     title = "ONNXRuntime"
     packages = ("onnxruntime-gpu", "onnxruntime", "torch", "transformers", "onnx", "onnxscript")
+    variables = ("ORT_*", "ONNXRUNTIME_*")
 
     def availability(self, device: str) -> Availability:
         """CUDA needs the GPU package: both packages install the same module."""

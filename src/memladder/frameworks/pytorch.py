@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from memladder.core.case import Case
 from memladder.core.files import own_folder
 from memladder.frameworks.base import Availability, Framework, Job, Session, Setting
-from memladder.frameworks.torch_common import cuda_build, memory_errors
+from memladder.frameworks.torch_common import TORCH_VARIABLES, cuda_build, memory_errors
 from memladder.models import weights
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ class PyTorch(Framework):
 
     title = "PyTorch-Inductor"
     packages: tuple[str, ...] = ("torch", "triton", "transformers", "safetensors")
+    variables: tuple[str, ...] = TORCH_VARIABLES
 
     def availability(self, device: str) -> Availability:
         """CUDA needs a CUDA build, which torch's version file names without torch's import."""

@@ -63,6 +63,7 @@ class TensorRT(Framework):
         "onnxruntime-ep-nv-tensorrt-rtx-cu13",
         *_EXPORTERS,
     )
+    variables = ("TRT_*", "TENSORRT_*", "ORT_*", "NV_TENSORRT_*")
 
     def availability(self, device: str) -> Availability:
         """It runs on the GPUs that the installed one supports; elsewhere TensorRT-RTX plans."""

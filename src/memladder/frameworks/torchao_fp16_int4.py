@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from memladder.frameworks.base import Job, Setting
+from memladder.frameworks.torch_common import TORCH_VARIABLES
 from memladder.frameworks.torch_quantised import Quantised, group_size
 from memladder.models import LayerConfig
 
@@ -30,6 +31,7 @@ class TorchAOInt4(Quantised):
     title = "torchao-W_INT4 A_FP16"
     package = "torchao"
     packages = ("torchao", "torch", "triton", "transformers", "safetensors")
+    variables = ("TORCHAO_*", *TORCH_VARIABLES)
 
     def dtype(self, device: torch.device) -> tuple[torch.dtype, str]:
         """bfloat16 on CUDA: two bytes as well."""

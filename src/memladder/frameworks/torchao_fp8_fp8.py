@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from memladder import formats
 from memladder.core.devices import compute_capability
 from memladder.frameworks.base import Availability, Job, Setting
+from memladder.frameworks.torch_common import TORCH_VARIABLES
 from memladder.frameworks.torch_quantised import Quantised
 from memladder.models import LayerConfig
 
@@ -31,6 +32,7 @@ class TorchAOFp8(Quantised):
     title = "torchao-W_FP8 A_FP8"
     package = "torchao"
     packages = ("torchao", "torch", "triton", "transformers", "safetensors")
+    variables = ("TORCHAO_*", *TORCH_VARIABLES)
 
     def availability(self, device: str) -> Availability:
         """GPUs with fp8 arithmetic only."""

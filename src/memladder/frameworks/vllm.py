@@ -30,7 +30,7 @@ from memladder.frameworks.base import (
     Structure,
     packed_bytes,
 )
-from memladder.frameworks.torch_common import cuda_build, memory_errors
+from memladder.frameworks.torch_common import TORCH_VARIABLES, cuda_build, memory_errors
 
 if TYPE_CHECKING:
     import numpy as np
@@ -54,6 +54,7 @@ class Vllm(Framework):
         "flashinfer-python",
         "compressed-tensors",
     )
+    variables = ("VLLM_*", "FLASHINFER_*", "FLASH_ATTN_*", "NCCL_*", *TORCH_VARIABLES)
 
     def __init__(self, title: str, weight: str) -> None:
         self.title = title
