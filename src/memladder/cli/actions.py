@@ -5,7 +5,6 @@ stdout carries results only; progress, warnings and hints go to stderr.
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,10 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from memladder import frameworks, models
+from memladder.cli.console import plain_console
 from memladder.core.case import Case, Workload
 from memladder.core.errors import UnavailableError, UsageError
 from memladder.core.files import writable_folder, write_atomic
@@ -29,6 +30,7 @@ from memladder.meter.outside import runner
 from memladder.models import LayerConfig
 from memladder.models.cache import default_dir
 from memladder.paper import rows
+from memladder.reports import printing
 from memladder.sweeps import cases as sweep_cases
 from memladder.sweeps import store
 from memladder.sweeps.executors import serial
@@ -36,7 +38,6 @@ from memladder.sweeps.executors import serial
 if TYPE_CHECKING:
     from memladder.engine.packed.packing import Progress
 
-_WIDTH = 120
 # Ended as the protocol foresees; anything else is a failure of the run.
 _GOOD = (Status.MEASURED, Status.PLANNED, Status.OOM)
 
@@ -100,17 +101,6 @@ class Request:
             fresh=self.fresh,
             retry=sweep_cases.parse_statuses(self.retry),
         )
-
-
-def plain_console(stderr: bool = False) -> Console:
-    """A console that prints text as it is: `memladder[pytorch]` is no markup.
-
-    Where nobody's terminal sets the width, tables have room for their numbers.
-    """
-    found = Console(stderr=stderr, markup=False, highlight=False)
-    if not found.is_terminal and "COLUMNS" not in os.environ:
-        found.width = max(found.width, _WIDTH)
-    return found
 
 
 def draw_published(output_dir: Path) -> None:
@@ -338,9 +328,8 @@ def verify(request: Request) -> int:
         raise UsageError(f"none of the frameworks {', '.join(names)} can run on {device} here")
     options = request.options()
     kept = store.Store(request.log)
-    table = Table(
-        *("framework", "model", "shape", "tokens", "error", "tolerance", "agrees", "SQNR, dB")
-    )
+    table = Table("framework", "model")
+    printing.add_numbers(table, "shape", "tokens", "error", "tolerance", "agrees", "SQNR, dB")
     structure = Table("framework", "model", "shape", "agrees", "held, as the output can't be read")
     agree = True
     with kept.locked():
@@ -373,7 +362,7 @@ def verify(request: Request) -> int:
     for one in (table, structure):
         one.columns[0].no_wrap = True
         if one.row_count:
-            plain_console().print(one)
+            printing.print_table(plain_console(), one)
     return 0 if agree else 1
 
 
@@ -425,10 +414,16 @@ def _tell_cut(key: str, cut: str, shipped_s: float, best_s: float) -> None:
 def show_frameworks(device: str) -> None:
     """Print what can run on the device here, and what is missing for the rest."""
     resolved = environment.resolve_device(device)
-    table = Table()
-    table.add_column("key", no_wrap=True)
-    for column in ("system", f"on {resolved}", "version", "why not", "to get it"):
-        table.add_column(column, overflow="fold")
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for column, is_firm in (
+        ("key", True),
+        ("system", False),
+        (f"on {resolved}", True),
+        ("version", True),
+        ("why not", False),
+        ("to get it", False),
+    ):
+        table.add_column(column, overflow="fold", no_wrap=is_firm)
     for name in sweep_cases.parse_frameworks("all", first=rows.SYSTEMS):
         found = sweep_cases.availability(name, resolved)
         table.add_row(
@@ -439,7 +434,7 @@ def show_frameworks(device: str) -> None:
             found.reason or "",
             found.install or "",
         )
-    plain_console().print(table)
+    printing.print_table(plain_console(), table)
 
 
 def show_record(path: Path) -> None:
@@ -486,7 +481,7 @@ def doctor() -> int:
     for finding in found:
         style = None if finding.good else "yellow"
         table.add_row(finding.subject, finding.text, finding.fix or "", style=style)
-    plain_console().print(table)
+    printing.print_table(plain_console(), table)
     return 0 if all(finding.good for finding in found) else 1
 
 
@@ -496,7 +491,8 @@ def calibrate(device: str, output_dir: Path) -> int:
 
     resolved = environment.resolve_device(device)
     kept = store.Store(output_dir / "log")
-    table = Table("device", "allocated", "read", "difference", "bound", "holds")
+    table = Table("device")
+    printing.add_numbers(table, "allocated", "read", "difference", "bound", "holds")
     holds = True
     with kept.locked():
         for reading in calibration.calibrate(resolved, kept.log_path("calibration")):
@@ -509,7 +505,7 @@ def calibrate(device: str, output_dir: Path) -> int:
                 format_bytes(reading.bound_bytes),
                 "yes" if reading.holds else "NO",
             )
-    plain_console().print(table)
+    printing.print_table(plain_console(), table)
     return 0 if holds else 1
 
 
