@@ -1,13 +1,16 @@
 """Ledgers of measured records: they close, and two of them say what changed."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from memladder.accounting import diff, split
 from memladder.core.errors import RecordError
+from memladder.core.ledger import Known
 from memladder.core.record import Record
 from memladder.core.units import MIB
+from memladder.frameworks.torch_common import AllocatorReadings
 from memladder.predictor import evidence
 from memladder.sweeps import store
 
@@ -39,6 +42,45 @@ def test_a_cpu_s_ledger_says_what_it_can_t_explain(record: Record) -> None:
     assert ledger.total_bytes == record.steady_bytes
     assert ledger.nbytes("libraries") > 0
     assert ledger.get("residual") is not None
+
+
+def test_the_allocator_s_own_peak_comes_before_the_rules() -> None:
+    record = _record("llama_pytorch_1_4096")
+    (run,) = record.runs
+    told = {**run.categories, "allocator_steady_peak": run.categories["allocator_allocated_peak"]}
+    found = split.ledger(replace(record, runs=(replace(run, categories=told),)))
+    entry = found.get("activations")
+    assert entry is not None
+    assert entry.known is Known.DIFFERENCE
+    # 2306.03 MiB at most, of which weights, buffers, states and cuBLAS hold 1794.03.
+    assert entry.nbytes == 512 * MIB
+    assert abs(found.nbytes("residual")) <= 4 * MIB
+
+
+def test_peaks_of_the_load_are_kept_beside_those_while_steady(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import torch
+
+    readings = iter([(900, 1000), (500, 600)])
+
+    def stats() -> dict[str, int]:
+        allocated, reserved = next(readings)
+        return {
+            "allocated_bytes.all.current": 400,
+            "allocated_bytes.all.peak": allocated,
+            "reserved_bytes.all.current": 600,
+            "reserved_bytes.all.peak": reserved,
+        }
+
+    monkeypatch.setattr(torch.cuda, "memory_stats", stats)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    found = AllocatorReadings()
+    found.begin_steady()
+    told = found.categories()
+    assert (told["allocator_allocated_peak"], told["allocator_reserved_peak"]) == (900, 1000)
+    assert told["allocator_steady_peak"] == 500
+    assert told["allocator_reserved"] == 600
 
 
 def test_a_planned_record_has_no_ledger() -> None:

@@ -76,9 +76,17 @@ def _on_gpu(run: Run, rules: Prediction | None) -> Iterator[Entry]:
         blocks = (told["weights"], told["arena"] + told.get("workspace", 0))
         derived["driver_step"] = sum(-size % _PAGE for size in blocks)
     for category in _DERIVED:
+        if category == "activations" and "allocator_steady_peak" in told:
+            continue
         if category not in sizes and derived.get(category):
             yield Entry(category, derived[category], Known.DERIVED, _note(rules, category))
             sizes[category] = derived[category]
+    highest = told.get("allocator_steady_peak")
+    if highest is not None:
+        rest = sum(size for name, size in sizes.items() if name != "activations")
+        sizes["activations"] = highest - rest
+        note = "the allocator's peak while steady, less what is held"
+        yield Entry("activations", sizes["activations"], Known.DIFFERENCE, note)
     reserved = told.get("allocator_reserved")
     if reserved is not None:
         slack = reserved - sum(sizes.values())
