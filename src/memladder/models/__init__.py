@@ -26,8 +26,10 @@ from memladder.errors import ConfigError, UsageError
 
 _NOT_MODELS = {
     "cache",
+    "ends",
     "fields",
     "gguf_export",
+    "gguf_import",
     "layer",
     "onnx_export",
     "onnx_rules",
