@@ -26,14 +26,14 @@ import triton.language as tl
 from torch import Tensor
 
 from memladder import formats, models
-from memladder.case import Shape
-from memladder.engine import packed_layer, reference
-from memladder.engine.compiler import layers
-from memladder.engine.driver import Graph
-from memladder.engine.execute import Execution, arena_bytes
-from memladder.engine.packed_layer import Form, PackedLayer
-from memladder.engine.plan import plan
-from memladder.errors import UnavailableError
+from memladder.core.case import Workload
+from memladder.core.errors import UnavailableError
+from memladder.engine.compile import layers
+from memladder.engine.packed import packed_layer, reference
+from memladder.engine.packed.packed_layer import Form, PackedLayer
+from memladder.engine.program.plan import plan
+from memladder.engine.run.driver import CudaGraph
+from memladder.engine.run.execute import Execution, arena_bytes
 from memladder.formats.base import Format
 from memladder.kernels import cuda, naive
 from memladder.kernels.layout import Layout
@@ -44,7 +44,7 @@ from memladder.models.weights import hidden_states
 DEVICE = torch.device("cuda", 0)
 ROWS = [("fp16", "fp16"), ("int4", "fp16"), ("nf4", "fp16"), ("fp8", "fp8"), ("mxfp8", "mxfp8"),
         ("int1", "int8")]  # fmt: skip
-SHAPES = (Shape(1, 1), Shape(32, 1), Shape(1, 4096))
+SHAPES = (Workload(1, 1), Workload(32, 1), Workload(1, 4096))
 # Of ‖y − naive‖ / ‖naive‖; with fp16 activations of PyTorch's float32 layer too.
 GATE = {"fp16": 2e-3, "fp8": 1e-2, "mxfp8": 1e-2, "int8": 1e-2}
 PRODUCTS = ("qkv", "matmul", "glu")
@@ -73,7 +73,7 @@ class Timed:
     weight_bytes: int
     operations: float
     layer: PackedLayer
-    graph: Graph
+    graph: CudaGraph
     execution: Execution
 
 
@@ -111,7 +111,7 @@ def packed(model: str, kind: Format) -> PackedLayer:
 
 def graphed(launch: Callable[[], object], repeats: int = 25) -> float:
     """Median time of some launches as a graph."""
-    graph = Graph(lambda: (launch(), None)[1], DEVICE)
+    graph = CudaGraph(lambda: (launch(), None)[1], DEVICE)
     found = graph.seconds(repeats)
     graph.close()
     return found
@@ -160,7 +160,7 @@ def rates() -> Rates:
     return Rates(2 * 4 * size / min(times), found)
 
 
-def operations(model: str, shape: Shape) -> float:
+def operations(model: str, shape: Workload) -> float:
     """Multiplications and additions of the products, and of attention over what is seen."""
     matrices = layers.ensure(models.layer_config(model), default_dir()).fused.matrices
     weights = sum(rows * columns for rows, columns in matrices.values())
@@ -169,7 +169,7 @@ def operations(model: str, shape: Shape) -> float:
     return 2.0 * weights * shape.tokens + 4.0 * width * pairs
 
 
-def timed(model: str, layer: PackedLayer, activation: str, shape: Shape) -> Timed:
+def timed(model: str, layer: PackedLayer, activation: str, shape: Workload) -> Timed:
     """Gate and time one case. Raises AssertionError where the gate does not hold."""
     kind: Format | None = None if activation == "fp16" else formats.get(activation)
     program = layer.form.program(shape, kind)
@@ -200,7 +200,7 @@ def timed(model: str, layer: PackedLayer, activation: str, shape: Shape) -> Time
         float32_error = from_float32(model, layer, shape, found)
         assert float32_error <= GATE[activation], f"error {float32_error:.1e} of float32"
     execution = Execution(program, planned, layer, cuda, arena)
-    graph = Graph(execution.run, DEVICE)
+    graph = CudaGraph(execution.run, DEVICE)
     alone = Execution(
         program, planned, layer, cuda, arena, only=lambda step: step.kernel in PRODUCTS
     )
@@ -211,7 +211,7 @@ def timed(model: str, layer: PackedLayer, activation: str, shape: Shape) -> Time
     )
 
 
-def from_float32(model: str, layer: PackedLayer, shape: Shape, found: Tensor) -> float:
+def from_float32(model: str, layer: PackedLayer, shape: Workload, found: Tensor) -> float:
     """The error of an output [tokens, hidden_size], held against PyTorch's layer in float32."""
     config = models.layer_config(model)
     sources = layers.ensure(config, default_dir()).sources
@@ -220,7 +220,7 @@ def from_float32(model: str, layer: PackedLayer, shape: Shape, found: Tensor) ->
     return layer_reference.error(found.float().cpu().numpy().reshape(expected.shape), expected)
 
 
-def inductor(model: str, layer: PackedLayer, shape: Shape) -> Callable[[], object]:
+def inductor(model: str, layer: PackedLayer, shape: Workload) -> Callable[[], object]:
     """A pass of PyTorch-Inductor's layer with the same weights in float16, compiled as `memladder`
     does to measure its memory."""
     config = models.layer_config(model)
@@ -239,7 +239,7 @@ def inductor(model: str, layer: PackedLayer, shape: Shape) -> Callable[[], objec
     return run
 
 
-def marlin(model: str, shape: Shape) -> float:
+def marlin(model: str, shape: Workload) -> float:
     """Seconds of vLLM's Marlin on the layer's matrices, q, k, v and gate, up as one each."""
     import peers
 
@@ -287,7 +287,7 @@ def main(arguments: list[str]) -> int:
     goals = ["", "| what | against | goal | measured | holds |", "|---|---|---:|---:|---|"]
     wanted = [pair for pair in ROWS if pair[0] in options.formats.split(",")]
     for model in options.models.split(","):
-        found: dict[tuple[str, Shape], Timed] = {}
+        found: dict[tuple[str, Workload], Timed] = {}
         for weight, activation in wanted:
             layer = packed(model, formats.get(weight))
             for shape in SHAPES:
@@ -311,7 +311,7 @@ def main(arguments: list[str]) -> int:
     return 0 if holds else 1
 
 
-def row(model: str, weight: str, activation: str, shape: Shape, one: Timed, best: Rates) -> str:
+def row(model: str, weight: str, activation: str, shape: Workload, one: Timed, best: Rates) -> str:
     """A line of the table."""
     read = one.weight_bytes / best.copy
     compute = one.operations / best.products[activation]
@@ -324,7 +324,7 @@ def row(model: str, weight: str, activation: str, shape: Shape, one: Timed, best
 
 
 def compared(
-    model: str, found: dict[tuple[str, Shape], Timed], best: Rates, peers: bool
+    model: str, found: dict[tuple[str, Workload], Timed], best: Rates, peers: bool
 ) -> list[str]:
     """The goals, each with what was measured."""
     one, few, many = SHAPES
@@ -359,7 +359,7 @@ def compared(
         if (own_case := found.get(("fp16", shape))) is None:
             continue
         call = inductor(model, own_case.layer, shape)
-        graph = Graph(lambda call=call: (call(), None)[1], DEVICE)  # type: ignore[misc]
+        graph = CudaGraph(lambda call=call: (call(), None)[1], DEVICE)  # type: ignore[misc]
         turns = take_turns(graph.run, own_case.graph.run)
         called = take_turns(call, own_case.graph.run)
         alone = graph.seconds(), own_case.layer_s

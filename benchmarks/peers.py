@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from memladder.errors import UnavailableError
+from memladder.core.errors import UnavailableError
 
 # vLLM's ScalarType.id of uint4b8, fields from bit 0: exponent 8 bits, mantissa 8, sign 1, bias 32,
 # finite only 1, NaN's kind 8 (vllm/scalar_type.py in 0.22.1).

@@ -17,8 +17,8 @@ import time
 from pathlib import Path
 
 from memladder import formats, models
+from memladder.core.units import MIB
 from memladder.models.cache import default_dir
-from memladder.units import MIB
 
 LIMITS_S = {("llama", "int4"): 20.0, ("bloom", "int4"): 60.0}
 LOAD_S = 2.0
@@ -55,8 +55,8 @@ def _child(*arguments: str) -> dict[str, float]:
 
 
 def _pack(model: str, name: str, path: str) -> dict[str, float]:
-    from memladder.engine import packing
-    from memladder.engine.compiler import layers
+    from memladder.engine.compile import layers
+    from memladder.engine.packed import packing
     from memladder.models import weights
 
     config, kind = models.layer_config(model), formats.get(name)
@@ -71,7 +71,7 @@ def _pack(model: str, name: str, path: str) -> dict[str, float]:
 
 
 def _load(path: str) -> dict[str, float]:
-    from memladder.engine import packed_layer
+    from memladder.engine.packed import packed_layer
 
     started = time.perf_counter()
     packed_layer.load(Path(path))

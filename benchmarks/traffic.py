@@ -23,15 +23,15 @@ import torch
 
 import layers as benchmark
 from memladder import formats
-from memladder.case import Shape
-from memladder.engine.compiler.traffic import Traffic
-from memladder.engine.driver import Graph
-from memladder.engine.execute import Execution, arena_bytes
-from memladder.engine.packed_layer import ACTIVATIONS
-from memladder.engine.plan import plan
-from memladder.engine.program import Step
+from memladder.core.case import Workload
+from memladder.core.units import mib
+from memladder.engine.compile.traffic import Traffic
+from memladder.engine.packed.packed_layer import ACTIVATIONS
+from memladder.engine.program.plan import plan
+from memladder.engine.program.steps import Step
+from memladder.engine.run.driver import CudaGraph
+from memladder.engine.run.execute import Execution, arena_bytes
 from memladder.kernels import cuda
-from memladder.units import mib
 
 SHAPES = ("1x1", "1x4096")
 READ, WRITTEN = "dram__bytes_read.sum", "dram__bytes_write.sum"
@@ -52,7 +52,7 @@ class Predicted:
     launches: int
 
 
-def profiled(model: str, weight: str, shape: Shape) -> list[Predicted]:
+def profiled(model: str, weight: str, shape: Workload) -> list[Predicted]:
     """Run one step of each kind, the last one, where `ncu` counts."""
     layer = benchmark.packed(model, formats.get(weight))
     activation = ACTIVATIONS.get(weight, "fp16")
@@ -71,7 +71,7 @@ def profiled(model: str, weight: str, shape: Shape) -> list[Predicted]:
         execution = Execution(
             program, planned, layer, cuda, arena, only=lambda other, step=step: other is step
         )
-        graph = Graph(execution.run, benchmark.DEVICE)
+        graph = CudaGraph(execution.run, benchmark.DEVICE)
         nbytes = traffic.of(step)
         found.append(Predicted(kernel, matrices, rows, nbytes, graph.launches))
         graph.close()
@@ -124,7 +124,7 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     if options.once is not None:
         model, weight, shape, file = options.once
-        steps = profiled(model, weight, Shape.parse(shape))
+        steps = profiled(model, weight, Workload.parse(shape))
         Path(file).write_text(json.dumps([asdict(step) for step in steps]))
         return 0
     lines = [

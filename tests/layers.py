@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from memladder import formats, frameworks, models
-from memladder.engine.compiler import layers
-from memladder.engine.packed_layer import Form
+from memladder.engine.compile import layers
+from memladder.engine.packed.packed_layer import Form
 from memladder.frameworks.base import Job, Session
 from memladder.models import LayerConfig
 

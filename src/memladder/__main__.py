@@ -1,6 +1,6 @@
 """`python -m memladder` is `memladder`."""
 
-from memladder.cli import main
+from memladder.cli.main import main
 
 if __name__ == "__main__":
     main()

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 from memladder import frameworks, models
-from memladder.case import Case, Shape
+from memladder.checks.calibration import calibrate
+from memladder.core.case import Case, Workload
+from memladder.core.record import Status
+from memladder.core.units import MIB
 from memladder.environments import ask, install, interpreter
 from memladder.frameworks.base import Job
-from memladder.measure import runner
-from memladder.measure.calibration import calibrate
-from memladder.measure.record import Status
-from memladder.units import MIB
+from memladder.meter.outside import runner
 
 
 def pythons() -> list[str]:
@@ -51,7 +51,7 @@ def test_a_worker_needs_nothing_but_the_standard_library(
 
 def test_our_packages_do_not_reach_another_interpreter(bare: Path) -> None:
     code = (
-        "import memladder.measure.worker, importlib.util as u;"
+        "import memladder.meter.inside.worker, importlib.util as u;"
         "print([name for name in ('numpy', 'typer', 'psutil', 'pytest') if u.find_spec(name)])"
     )
     own = interpreter.Interpreter(bare, "given").environ()
@@ -100,11 +100,11 @@ def test_an_environment_is_made_from_the_registry(
             "log_path": tmp_path / "worker.log",
         }
         verification = runner.verify(
-            key, framework, "cpu", cache_dir=tmp_path / "cache", shapes=[Shape(2, 3)], **options
+            key, framework, "cpu", cache_dir=tmp_path / "cache", shapes=[Workload(2, 3)], **options
         )
         assert verification.agrees
 
-        case = Case("llama", key, Shape(2, 3), "cpu")
+        case = Case("llama", key, Workload(2, 3), "cpu")
         job = Job(case, models.narrow_config("llama"), tmp_path / "cache")
         record = runner.measure(job, framework, repeats=1, **options)
         assert record.status is Status.MEASURED, record.reason

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from memladder.measure.record import PHASES, Source, Status
+from memladder.core.record import PHASES, Source, Status
+from memladder.core.units import MIB
 from memladder.models.cache import default_dir
-from memladder.sweep import store
-from memladder.units import MIB
+from memladder.sweeps import store
 
 ROOT = Path(__file__).parents[2]
 # figure11.md of the paper's facts: 855,654,400 parameters of two bytes.

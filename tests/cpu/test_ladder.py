@@ -11,15 +11,15 @@ from pathlib import Path
 import pytest
 
 from memladder import formats, frameworks, models
-from memladder.case import FIGURE_SYSTEMS, Case, Shape
+from memladder.core.case import FIGURE_SYSTEMS, Case, Workload
+from memladder.core.record import Status
+from memladder.core.units import MIB
 from memladder.frameworks import ladder
 from memladder.frameworks.base import Job, Session
-from memladder.measure.record import Status
 from memladder.models import reference, weights
 from memladder.models.cache import default_dir
-from memladder.report import floor
-from memladder.sweep import store
-from memladder.units import MIB
+from memladder.reports import floor
+from memladder.sweeps import store
 from tests import layers
 
 ROOT = Path(__file__).parents[2]
@@ -41,7 +41,7 @@ QUALITY = {
 pytestmark = pytest.mark.filterwarnings("default")
 
 
-def started(framework: str, model: str, shape: Shape, cache_dir: Path) -> tuple[Job, Session]:
+def started(framework: str, model: str, shape: Workload, cache_dir: Path) -> tuple[Job, Session]:
     """A session of a narrow layer that has run once."""
     job = Job(Case(model, framework, shape, "cpu"), models.narrow_config(model), cache_dir)
     session, _ = layers.started(job)
@@ -58,7 +58,7 @@ def test_the_variants_are_the_figures_and_one_for_each_further_weight_format() -
 @pytest.mark.parametrize("model", ["llama", "bloom"])
 @pytest.mark.parametrize("framework", [*FIGURE, *OTHERS])
 def test_the_layer_is_computed_right(framework: str, model: str, cache_dir: Path) -> None:
-    job, session = started(framework, model, Shape(3, 170), cache_dir)
+    job, session = started(framework, model, Workload(3, 170), cache_dir)
     found = session.output()
     expected = frameworks.get(framework).reference(job)
     assert expected is not None
@@ -79,7 +79,7 @@ def unfilled(bits: int, columns: int) -> int:
 @pytest.mark.parametrize("model", ["llama", "bloom"])
 @pytest.mark.parametrize("framework", FIGURE)
 def test_what_is_held_is_what_the_formats_say(framework: str, model: str, cache_dir: Path) -> None:
-    job, session = started(framework, model, Shape(1, 1), cache_dir)
+    job, session = started(framework, model, Workload(1, 1), cache_dir)
     settings, held = session.settings(), session.categories()
     kind = formats.get(str(settings["weight_format"]))
     shapes = models.tensor_shapes(job.config)

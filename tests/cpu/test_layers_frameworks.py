@@ -12,7 +12,7 @@ import onnx
 import pytest
 
 from memladder import frameworks, models
-from memladder.case import Case, Shape
+from memladder.core.case import Case, Workload
 from memladder.frameworks.base import Job
 from memladder.models import onnx_export, reference, weights
 from tests.layers import started
@@ -21,7 +21,7 @@ from tests.layers import started
 pytestmark = pytest.mark.filterwarnings("default")
 
 
-def narrow_job(framework: str, model: str, shape: Shape, cache_dir: Path) -> Job:
+def narrow_job(framework: str, model: str, shape: Workload, cache_dir: Path) -> Job:
     case = Case(model, framework, shape, "cpu")
     return Job(case, models.narrow_config(model), cache_dir)
 
@@ -29,7 +29,7 @@ def narrow_job(framework: str, model: str, shape: Shape, cache_dir: Path) -> Job
 @pytest.mark.parametrize("model", ["llama", "bloom"])
 @pytest.mark.parametrize("framework", ["pytorch", "onnxruntime"])
 def test_the_layer_is_computed_right(framework: str, model: str, cache_dir: Path) -> None:
-    job = narrow_job(framework, model, Shape(2, 17), cache_dir)
+    job = narrow_job(framework, model, Workload(2, 17), cache_dir)
     session, announced = started(job)
     path = weights.ensure(job.config, cache_dir, 0)
     expected = reference.output(job.config, path, job.case.shape, 0)
@@ -46,7 +46,7 @@ def test_the_layer_is_computed_right(framework: str, model: str, cache_dir: Path
 
 @pytest.mark.parametrize("model", ["llama", "bloom"])
 def test_weights_are_counted_in_what_the_session_holds(model: str, cache_dir: Path) -> None:
-    job = narrow_job("onnxruntime", model, Shape(1, 1), cache_dir)
+    job = narrow_job("onnxruntime", model, Workload(1, 1), cache_dir)
     session, _ = started(job)
     width = {"float16": 2, "float32": 4}[str(session.settings()["matrix_dtype"])]
     norms = sum(
@@ -59,12 +59,12 @@ def test_weights_are_counted_in_what_the_session_holds(model: str, cache_dir: Pa
 
 
 def test_onnxruntime_runs_without_torch(cache_dir: Path) -> None:
-    job = narrow_job("onnxruntime", "llama", Shape(1, 1), cache_dir)
+    job = narrow_job("onnxruntime", "llama", Workload(1, 1), cache_dir)
     frameworks.get("onnxruntime").prepare(job)
     code = (
         "import sys; from pathlib import Path; from memladder import frameworks, models;"
-        "from memladder.case import Case, Shape; from memladder.frameworks.base import Job;"
-        "job = Job(Case('llama', 'onnxruntime', Shape(1, 1), 'cpu'),"
+        "from memladder.core.case import Case, Workload; from memladder.frameworks.base import Job;"
+        "job = Job(Case('llama', 'onnxruntime', Workload(1, 1), 'cpu'),"
         " models.narrow_config('llama'), Path(sys.argv[1]));"
         "s = frameworks.get('onnxruntime').session(job, print);"
         "s.context(); s.weights(); s.compile(); s.run(); s.output();"
@@ -75,13 +75,13 @@ def test_onnxruntime_runs_without_torch(cache_dir: Path) -> None:
     assert done.stdout.strip() == "[]"
 
 
-def exported(model: str, shape: Shape, cache_dir: Path) -> tuple[Path, onnx.ModelProto]:
+def exported(model: str, shape: Workload, cache_dir: Path) -> tuple[Path, onnx.ModelProto]:
     path = onnx_export.ensure(models.narrow_config(model), cache_dir, shape, 0)
     return path, onnx.load(path, load_external_data=False)
 
 
 def test_the_llama_graph_has_single_operators(cache_dir: Path) -> None:
-    _, graph = exported("llama", Shape(2, 17), cache_dir)
+    _, graph = exported("llama", Workload(2, 17), cache_dir)
     counts = Counter(node.op_type for node in graph.graph.node)
     whole = {"RMSNormalization": 2, "RotaryEmbedding": 2, "Attention": 1, "Gemm": 7, "Sigmoid": 1}
     assert {name: counts[name] for name in whole} == whole
@@ -90,7 +90,7 @@ def test_the_llama_graph_has_single_operators(cache_dir: Path) -> None:
 
 
 def test_the_bloom_graph_is_the_layer_as_it_is_written(cache_dir: Path) -> None:
-    _, graph = exported("bloom", Shape(2, 17), cache_dir)
+    _, graph = exported("bloom", Workload(2, 17), cache_dir)
     counts = Counter(node.op_type for node in graph.graph.node)
     whole = {"LayerNormalization": 2, "Gemm": 4, "MatMul": 2, "Softmax": 1, "Tanh": 1}
     assert {name: counts[name] for name in whole} == whole
@@ -99,7 +99,7 @@ def test_the_bloom_graph_is_the_layer_as_it_is_written(cache_dir: Path) -> None:
 @pytest.mark.parametrize("model", ["llama", "bloom"])
 def test_the_graph_holds_no_weights(model: str, cache_dir: Path) -> None:
     config = models.narrow_config(model)
-    path, graph = exported(model, Shape(2, 17), cache_dir)
+    path, graph = exported(model, Workload(2, 17), cache_dir)
     data = path.parent / "weights.safetensors"
     inside, outside = {}, {}
     for tensor in graph.graph.initializer:
@@ -117,7 +117,7 @@ def test_the_graph_holds_no_weights(model: str, cache_dir: Path) -> None:
 
 
 def test_a_graph_is_made_once_for_a_shape(cache_dir: Path) -> None:
-    path, _ = exported("llama", Shape(2, 17), cache_dir)
+    path, _ = exported("llama", Workload(2, 17), cache_dir)
     before = path.stat().st_mtime_ns
-    assert exported("llama", Shape(2, 17), cache_dir)[0].stat().st_mtime_ns == before
-    assert onnx_export.file_name(Shape(1, 1)) != onnx_export.file_name(Shape(1, 2))
+    assert exported("llama", Workload(2, 17), cache_dir)[0].stat().st_mtime_ns == before
+    assert onnx_export.file_name(Workload(1, 1)) != onnx_export.file_name(Workload(1, 2))

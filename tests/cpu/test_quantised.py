@@ -12,13 +12,14 @@ import torch
 from torch import nn
 
 from memladder import frameworks, models
-from memladder.case import Case, Shape
+from memladder.core.case import Case, Workload
 from memladder.formats.int4 import Int4
 from memladder.frameworks import gemlite_fp16_int4, torchao_fp8_fp8
 from memladder.frameworks.base import Availability, Job
 from memladder.frameworks.bitsandbytes_fp16_nf4 import BitsAndBytesNf4
 from memladder.frameworks.torch_quantised import group_size
-from memladder.measure import runner, worker
+from memladder.meter.inside import worker
+from memladder.meter.outside import runner
 from memladder.models import LayerConfig, gguf_export
 
 KEYS = (
@@ -31,7 +32,12 @@ KEYS = (
 
 
 def job(
-    model: str, key: str, folder: Path = Path(), *, shape: Shape = Shape(1, 1), narrow: bool = False
+    model: str,
+    key: str,
+    folder: Path = Path(),
+    *,
+    shape: Workload = Workload(1, 1),
+    narrow: bool = False,
 ) -> Job:
     config = models.narrow_config(model) if narrow else models.layer_config(model)
     return Job(Case(model, key, shape, "cpu"), config, folder)
@@ -124,18 +130,20 @@ def _runs(key: str) -> pytest.MarkDecorator:
 @pytest.mark.parametrize(
     ("key", "model", "shape"),
     [
-        pytest.param("torchao_fp16_int4", "bloom", Shape(3, 5), marks=_runs("torchao_fp16_int4")),
         pytest.param(
-            "bitsandbytes_fp16_nf4", "llama", Shape(3, 5), marks=_runs("bitsandbytes_fp16_nf4")
+            "torchao_fp16_int4", "bloom", Workload(3, 5), marks=_runs("torchao_fp16_int4")
+        ),
+        pytest.param(
+            "bitsandbytes_fp16_nf4", "llama", Workload(3, 5), marks=_runs("bitsandbytes_fp16_nf4")
         ),
         *(
-            pytest.param("llamacpp_int4", model, Shape(3, 300), marks=_runs("llamacpp_int4"))
+            pytest.param("llamacpp_int4", model, Workload(3, 300), marks=_runs("llamacpp_int4"))
             for model in ("llama", "bloom")
         ),
     ],
 )
 def test_a_narrow_layer_agrees_with_the_reference(
-    key: str, model: str, shape: Shape, tmp_path: Path
+    key: str, model: str, shape: Workload, tmp_path: Path
 ) -> None:
     found = runner.verify(
         key,

@@ -17,12 +17,10 @@ import psutil
 import pytest
 
 from memladder import models
-from memladder.case import Case, Shape
-from memladder.errors import UnavailableError, UsageError, WorkerError
-from memladder.frameworks.base import Framework, Job
-from memladder.measure import runner
-from memladder.measure.calibration import calibrate
-from memladder.measure.record import (
+from memladder.checks.calibration import calibrate
+from memladder.core.case import Case, Workload
+from memladder.core.errors import UnavailableError, UsageError, WorkerError
+from memladder.core.record import (
     PHASES,
     Record,
     Source,
@@ -32,8 +30,10 @@ from memladder.measure.record import (
     loads_record,
     loads_verification,
 )
+from memladder.core.units import MIB
+from memladder.frameworks.base import Framework, Job
+from memladder.meter.outside import runner
 from memladder.models import LayerConfig
-from memladder.units import MIB
 from tests.unit.examples import ENVIRONMENT
 
 FAKES = Path(__file__).parents[1] / "fake_frameworks"
@@ -93,7 +93,7 @@ def job(
 ) -> Job:
     values = dict(models.narrow_config("llama").values)
     values |= {"script": script, "argument": argument, "announces": announces}
-    case = Case("llama", "scripted", Shape(1, 1), device)
+    case = Case("llama", "scripted", Workload(1, 1), device)
     return Job(case, LayerConfig("llama", values), tmp_path / "cache")
 
 
@@ -331,14 +331,14 @@ def test_nothing_outlives_the_runner(
     program = (
         "import scripted, signal, sys\n"
         "from pathlib import Path\n"
-        "from memladder.case import Case, Shape\n"
+        "from memladder.core.case import Case, Workload\n"
         "from memladder.frameworks.base import Job\n"
-        "from memladder.measure import runner\n"
+        "from memladder.meter.outside import runner\n"
         "from memladder.models import LayerConfig\n"
         # What a shell starts in the background ignores it.
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "values = dict(script={'weights': 'family_and_hang'}, argument=sys.argv[1])\n"
-        "case = Case('llama', 'scripted', Shape(1, 1), 'cpu')\n"
+        "case = Case('llama', 'scripted', Workload(1, 1), 'cpu')\n"
         "folder = Path(sys.argv[1]).parent\n"
         "runner.run_once(Job(case, LayerConfig('llama', values), folder), 'scripted',\n"
         "    variables={}, limits=runner.Limits(), log_path=folder / 'case.log')\n"
@@ -364,7 +364,7 @@ def test_weights_in_another_format_than_the_name_says_are_a_failure(
 
     record = runner.measure(
         Job(
-            Case("llama", "misset", Shape(1, 1), "cpu"),
+            Case("llama", "misset", Workload(1, 1), "cpu"),
             models.narrow_config("llama"),
             tmp_path / "cache",
         ),
@@ -397,7 +397,7 @@ def test_what_can_not_be_read_is_checked_by_what_it_holds(
             limits=LIMITS,
             log_path=tmp_path / "verify.log",
             model_names=[model],
-            shapes=[Shape(1, 1)],
+            shapes=[Workload(1, 1)],
             module="opaque",
         )
 
@@ -441,7 +441,7 @@ def test_verify_tells_a_wrong_output(framework: Framework, tmp_path: Path) -> No
         limits=LIMITS,
         log_path=tmp_path / "verify.log",
         model_names=["llama"],
-        shapes=[Shape(1, 1), Shape(2, 3)],
+        shapes=[Workload(1, 1), Workload(2, 3)],
         module="scripted",
     )
     # Zeros for an output: the error is the reference's own size.

@@ -9,14 +9,15 @@ from pathlib import Path
 import pytest
 
 from memladder import models
-from memladder.case import Case, Shape
-from memladder.errors import WorkerError
+from memladder.core import devices, processes
+from memladder.core.case import Case, Workload
+from memladder.core.devices import Device
+from memladder.core.errors import WorkerError
+from memladder.core.record import Run, Source
+from memladder.core.units import GIB, MIB
 from memladder.frameworks.base import Job
-from memladder.measure import devices, processes, runner
-from memladder.measure.devices import Device
-from memladder.measure.record import Run, Source
+from memladder.meter.outside import runner
 from memladder.models import LayerConfig
-from memladder.units import GIB, MIB
 from tests.fake_nvml import FakeNvml, Gpu
 
 FAKES = Path(__file__).parents[1] / "fake_frameworks"
@@ -66,7 +67,7 @@ def measure_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> MeasureOn:
         monkeypatch.setattr(devices, "device", lambda _: device)
         layer = models.narrow_config("llama").values
         values = {**layer, "script": {"weights": "allocate"}, "argument": 100 * MIB}
-        case = Case("llama", "scripted", Shape(1, 1), "cuda:0")
+        case = Case("llama", "scripted", Workload(1, 1), "cuda:0")
         return runner.run_once(
             Job(case, LayerConfig("llama", values), tmp_path),
             "scripted",

@@ -15,8 +15,8 @@ import psutil
 import pytest
 
 from memladder import models
-from memladder.measure.record import Status
-from memladder.sweep import store
+from memladder.core.record import Status
+from memladder.sweeps import store
 
 ROOT = Path(__file__).parents[2]
 SHAPES = ((1, 1), (2, 8), (1, 64))

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 from memladder import frameworks, models
-from memladder.case import Case, Shape
+from memladder.core.case import Case, Workload
+from memladder.core.record import Status, dumps, loads_record
+from memladder.core.units import MIB
 from memladder.frameworks import tensorrt
 from memladder.frameworks.base import Job
-from memladder.measure import runner
-from memladder.measure.record import Status, dumps, loads_record
+from memladder.meter.outside import runner
 from memladder.models import weights
-from memladder.units import MIB
 
 FRAMEWORK = frameworks.get("tensorrt")
 
@@ -26,10 +26,11 @@ needs_rtx = pytest.mark.skipif(
 
 @needs_rtx
 @pytest.mark.parametrize(
-    ("model", "shape"), [("llama", Shape(1, 1)), ("llama", Shape(32, 1)), ("bloom", Shape(2, 300))]
+    ("model", "shape"),
+    [("llama", Workload(1, 1)), ("llama", Workload(32, 1)), ("bloom", Workload(2, 300))],
 )
 def test_a_narrow_layer_is_compiled_for_an_a100_and_planned(
-    model: str, shape: Shape, tmp_path: Path
+    model: str, shape: Workload, tmp_path: Path
 ) -> None:
     config = models.narrow_config(model)
     job = Job(Case(model, "tensorrt", shape, "cpu"), config, tmp_path)
@@ -57,7 +58,7 @@ def test_a_narrow_layer_is_compiled_for_an_a100_and_planned(
 
 
 def test_the_assumed_context_is_what_the_rerun_logged() -> None:
-    data = resources.files("memladder.report").joinpath("data", "figure11_rerun_a100.json")
+    data = resources.files("memladder.paper").joinpath("data", "figure11_rerun_a100.json")
     logged = json.loads(data.read_text())["invalid"]["bloom_tensorrt_32_1"]
     assert "CUDA context only" in logged["reason"]
     assert logged["value"] * MIB == tensorrt._CONTEXT_BYTES

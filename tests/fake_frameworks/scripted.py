@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from memladder import models
-from memladder.case import Case
-from memladder.errors import UnavailableError
+from memladder.core.case import Case
+from memladder.core.errors import UnavailableError
 from memladder.frameworks.base import (
     Availability,
     Framework,

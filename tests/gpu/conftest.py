@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import pytest
 
-from memladder.errors import DeviceError
-from memladder.measure import devices
+from memladder.core import devices
+from memladder.core.errors import DeviceError
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -10,16 +10,16 @@ import pytest
 import torch
 
 from memladder import formats, frameworks, load_layer, models
-from memladder.case import Case, Shape
-from memladder.engine import packing
-from memladder.engine.driver import Graph
+from memladder.core.case import Case, Workload
+from memladder.core.record import Status
+from memladder.engine.compile import layers
+from memladder.engine.run.driver import CudaGraph
 from memladder.frameworks.base import Job
 from memladder.kernels import cuda, naive
-from memladder.measure import runner
-from memladder.measure.record import Status
+from memladder.meter.outside import runner
 from memladder.models.cache import default_dir
 from memladder.models.weights import hidden_states
-from memladder.report import floor
+from memladder.reports import floor
 from tests.unit.test_layers_cuda import ROWS, output
 
 # By import_module: some modules are hidden by the function of the same name.
@@ -33,9 +33,9 @@ def test_odd_shapes(
     model: str, weight: str, activation: str, bound: float, shape: str, cache_dir: Path
 ) -> None:
     config = models.narrow_config(model)
-    path = packing.ensure(config, formats.get(weight), cache_dir, 0)
+    path = layers.ensure_packed(config, formats.get(weight), cache_dir, 0)
     expected, found, again = (
-        output(config, path, Shape.parse(shape), activation, kernels, 512)
+        output(config, path, Workload.parse(shape), activation, kernels, 512)
         for kernels in (naive, cuda, cuda)
     )
     assert found.isfinite().all()
@@ -57,7 +57,7 @@ def own_names() -> set[str]:
 @pytest.mark.parametrize("shape", ["1x1", "1x600"])
 def test_nothing_but_its_own_kernels_runs(key: str, shape: str, cache_dir: Path) -> None:
     config = models.narrow_config("llama")
-    job = Job(Case("llama", key, Shape.parse(shape), "cuda:0"), config, cache_dir)
+    job = Job(Case("llama", key, Workload.parse(shape), "cuda:0"), config, cache_dir)
     framework = frameworks.get(key)
     framework.prepare(job)
     session = framework.session(job, [].append)
@@ -78,7 +78,7 @@ def test_nothing_but_its_own_kernels_runs(key: str, shape: str, cache_dir: Path)
 
 @pytest.mark.parametrize("shape", ["1x1", "1x4096"])
 def test_the_real_layer_lies_at_its_floor(shape: str, tmp_path: Path) -> None:
-    case = Case("llama", "ladder_fp16_int4", Shape.parse(shape), "cuda:0")
+    case = Case("llama", "ladder_fp16_int4", Workload.parse(shape), "cuda:0")
     record = runner.measure(
         Job(case, models.layer_config("llama"), default_dir()),
         frameworks.get("ladder_fp16_int4"),
@@ -94,8 +94,8 @@ def test_the_real_layer_lies_at_its_floor(shape: str, tmp_path: Path) -> None:
 
 def test_a_layer_is_called_with_tensors_of_its_gpu(cache_dir: Path) -> None:
     config = models.narrow_config("llama")
-    path = packing.ensure(config, formats.get("int4"), cache_dir, 0)
-    states = torch.from_numpy(hidden_states(config, Shape(2, 60), 0)).view(2, 60, -1)
+    path = layers.ensure_packed(config, formats.get("int4"), cache_dir, 0)
+    states = torch.from_numpy(hidden_states(config, Workload(2, 60), 0)).view(2, 60, -1)
     expected = load_layer(path, device="cpu")(states)
     layer = load_layer(path)
     assert layer.device == torch.device("cuda", torch.cuda.current_device())
@@ -107,7 +107,7 @@ def test_a_layer_is_called_with_tensors_of_its_gpu(cache_dir: Path) -> None:
 def test_a_graph_runs_what_it_recorded() -> None:
     x, out = torch.arange(8, device="cuda").half().view(1, 8), torch.empty(1, 8).half().cuda()
     weight = torch.ones(8).half().cuda()
-    graph = Graph(lambda: cuda.rms_norm(x, weight, out, eps=0.0), torch.device("cuda", 0))
+    graph = CudaGraph(lambda: cuda.rms_norm(x, weight, out, eps=0.0), torch.device("cuda", 0))
     x += 1
     torch.cuda.synchronize()
     graph.run()

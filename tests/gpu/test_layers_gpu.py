@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 
 from memladder import frameworks, models
-from memladder.case import Case, Shape
+from memladder.core import devices
+from memladder.core.case import Case, Workload
+from memladder.core.record import Source, Status
+from memladder.core.units import GIB, MIB
 from memladder.frameworks.base import Job
-from memladder.measure import devices, runner
-from memladder.measure.record import Source, Status
+from memladder.meter.outside import runner
 from memladder.models.cache import default_dir
-from memladder.units import GIB, MIB
 from tests.gpu.conftest import comes_true
 
 ROOT = Path(__file__).parents[2]
@@ -34,7 +35,7 @@ def available(name: str) -> frameworks.Framework:
 
 @pytest.mark.parametrize("name", FRAMEWORKS)
 def test_three_repeats_of_the_real_layer_agree(name: str, tmp_path: Path) -> None:
-    case = Case("llama", name, Shape(1, 1), "cuda:0")
+    case = Case("llama", name, Workload(1, 1), "cuda:0")
     record = runner.measure(
         Job(case, models.layer_config("llama"), default_dir()),
         available(name),
@@ -55,7 +56,7 @@ def test_three_repeats_of_the_real_layer_agree(name: str, tmp_path: Path) -> Non
 
 
 def test_out_of_device_memory_is_a_status_with_what_was_asked_for(tmp_path: Path) -> None:
-    case = Case("bloom", "pytorch", Shape(512, 4096), "cuda:0")
+    case = Case("bloom", "pytorch", Workload(512, 4096), "cuda:0")
     record = runner.measure(
         Job(case, models.narrow_config("bloom"), tmp_path),
         available("pytorch"),

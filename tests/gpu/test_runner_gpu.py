@@ -8,17 +8,20 @@ from pathlib import Path
 
 import pytest
 
-from memladder.case import Case, Shape
+from memladder.checks import calibration, doctor
+from memladder.core import devices
+from memladder.core.case import Case, Workload
+from memladder.core.record import PHASES, Run, Source
+from memladder.core.units import MIB
 from memladder.frameworks.base import Job
-from memladder.measure import calibration, devices, doctor, environment, runner
-from memladder.measure.record import PHASES, Run, Source
+from memladder.meter import environment
+from memladder.meter.outside import runner
 from memladder.models import LayerConfig
-from memladder.units import MIB
 from tests.gpu.conftest import comes_true
 
 
 def known_bytes(size: int, folder: Path) -> Run:
-    case = Case("calibration", "calibration", Shape(1, 1), "cuda:0")
+    case = Case("calibration", "calibration", Workload(1, 1), "cuda:0")
     return runner.run_once(
         Job(case, LayerConfig("calibration", {"bytes": size}), folder),
         calibration.__name__,
@@ -57,11 +60,11 @@ def test_nothing_stays_on_the_device_when_the_runner_is_killed(
     program = (
         "import sys\n"
         "from pathlib import Path\n"
-        "from memladder.case import Case, Shape\n"
+        "from memladder.core.case import Case, Workload\n"
         "from memladder.frameworks.base import Job\n"
-        "from memladder.measure import calibration, runner\n"
+        "from memladder.checks import calibration; from memladder.meter.outside import runner\n"
         "from memladder.models import LayerConfig\n"
-        "case = Case('calibration', 'calibration', Shape(1, 1), 'cuda:0')\n"
+        "case = Case('calibration', 'calibration', Workload(1, 1), 'cuda:0')\n"
         "job = Job(case, LayerConfig('calibration', {'bytes': 1 << 30}), Path(sys.argv[1]))\n"
         "runner.run_once(job, calibration.__name__, variables={}, limits=runner.Limits(),\n"
         "    log_path=Path(sys.argv[1]) / 'case.log', steady_s=600.0)\n"

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from memladder import frameworks, models
-from memladder.case import Case, Shape
+from memladder.core.case import Case, Workload
+from memladder.core.record import Status
+from memladder.core.units import MIB
 from memladder.environments import ask, interpreter
 from memladder.frameworks.base import Job
-from memladder.measure import runner
-from memladder.measure.record import Status
-from memladder.units import MIB
+from memladder.meter.outside import runner
 
 FAKES = Path(__file__).parents[1] / "fake_frameworks"
 LIMITS = runner.Limits(timeout_s=280)
@@ -36,7 +36,7 @@ def test_one_layer_of_the_right_shapes_and_bytes_is_held(name: str, tmp_path: Pa
         cache_dir=tmp_path,
         limits=LIMITS,
         log_path=tmp_path / "verify.log",
-        shapes=[Shape(1, 1), Shape(2, 17)],
+        shapes=[Workload(1, 1), Workload(2, 17)],
     )
     assert verification.structure is not None
     assert len(verification.structure) == 4
@@ -47,7 +47,7 @@ def test_one_layer_of_the_right_shapes_and_bytes_is_held(name: str, tmp_path: Pa
 @pytest.mark.parametrize("name", ROWS)
 def test_a_narrow_layer_runs(name: str, model: str, tmp_path: Path) -> None:
     record = runner.measure(
-        Job(Case(model, name, Shape(1, 600), "cuda:0"), models.narrow_config(model), tmp_path),
+        Job(Case(model, name, Workload(1, 600), "cuda:0"), models.narrow_config(model), tmp_path),
         frameworks.get(name),
         repeats=1,
         limits=LIMITS,
@@ -70,7 +70,7 @@ def test_weights_that_stayed_fp16_are_no_int4_row(
         pytest.skip("the test's framework is found by this interpreter only")
     import misset_vllm
 
-    case = Case("llama", "misset_vllm", Shape(1, 1), "cuda:0")
+    case = Case("llama", "misset_vllm", Workload(1, 1), "cuda:0")
     record = runner.measure(
         Job(case, models.narrow_config("llama"), tmp_path),
         misset_vllm.FRAMEWORK,

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import pytest
 
-from memladder import cli
+from memladder.cli import main as cli
 
 
 class Done(NamedTuple):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from memladder.case import Case, Shape
-from memladder.measure.record import (
+from memladder.core.case import Case, Workload
+from memladder.core.record import (
     Check,
     Environment,
     LayerFacts,
@@ -19,7 +19,7 @@ from memladder.measure.record import (
     TracePoint,
     Verification,
 )
-from memladder.units import GIB, MIB
+from memladder.core.units import GIB, MIB
 
 MACHINE = Machine("Test CPU", 24 * GIB, None, None, "Test CPU", 2, 24 * GIB, "Test OS 1", "6.1")
 ENVIRONMENT = Environment(MACHINE, "3.11.7", {"torch": "2.13.0"}, {}, "abc1234", "0.1.0")
@@ -50,7 +50,7 @@ def run(steady: int, peak: int) -> Run:
 def record(
     model: str = "llama",
     framework: str = "pytorch",
-    shape: Shape = Shape(1, 1),
+    shape: Workload = Workload(1, 1),
     device: str = "cpu",
     steady: tuple[int, ...] = (2000 * MIB,),
     **changes: Any,
@@ -79,5 +79,5 @@ def elsewhere(device: str = "Other CPU") -> Environment:
 
 def verification(framework: str = "pytorch", error: float = 1e-3) -> Verification:
     """A framework's check at one shape."""
-    check = Check("llama", Shape(1, 1), 1, error, 2e-3)
+    check = Check("llama", Workload(1, 1), 1, error, 2e-3)
     return Verification(framework, "cpu", (check,), {}, ENVIRONMENT)

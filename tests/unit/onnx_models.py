@@ -12,7 +12,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
-from memladder.engine.graph import convert
+from memladder.engine.frontend import convert
 from memladder.engine.graph.evaluate import evaluate
 from memladder.engine.graph.nodes import Graph
 

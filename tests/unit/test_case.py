@@ -3,12 +3,12 @@ from pathlib import Path
 
 import pytest
 
-from memladder.case import FIGURE_MODELS, FIGURE_SHAPES, FIGURE_SYSTEMS, Case, Shape
-from memladder.errors import UsageError
+from memladder.core.case import FIGURE_MODELS, FIGURE_SHAPES, FIGURE_SYSTEMS, Case, Workload
+from memladder.core.errors import UsageError
 
 
 def test_case_ids_are_the_artifacts_own_keys() -> None:
-    data = Path(__file__).parents[2] / "src/memladder/report/data/figure11_published_a100.json"
+    data = Path(__file__).parents[2] / "src/memladder/paper/data/figure11_published_a100.json"
     published = json.loads(data.read_text())["values"]
     ids = [
         Case(model, system, shape, "cpu").id
@@ -26,27 +26,27 @@ def test_case_ids_are_the_artifacts_own_keys() -> None:
 )
 def test_senseless_shapes_are_refused(batch_size: int, seq_len: int) -> None:
     with pytest.raises(UsageError, match=r"batch_size|seq_len"):
-        Shape(batch_size, seq_len)
+        Workload(batch_size, seq_len)
 
 
 @pytest.mark.parametrize("text", ["", "1", "x", "1x", "1x1x1", "-1x1", "1.0x2", "a x b", "9" * 30])
 def test_shapes_that_are_no_shapes_are_refused_by_name(text: str) -> None:
     with pytest.raises(UsageError, match="BATCHxSEQ"):
-        Shape.parse(text)
+        Workload.parse(text)
 
 
 @pytest.mark.parametrize("text", ["32x1", " 32 x 1 ", "32X1", "32×1"])
 def test_shapes_are_read_as_people_write_them(text: str) -> None:
-    assert Shape.parse(text) == Shape(32, 1)
+    assert Workload.parse(text) == Workload(32, 1)
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda", "cuda:-1", "cpu:0", "../x"])
 def test_a_case_names_one_device(device: str) -> None:
     with pytest.raises(UsageError, match="device"):
-        Case("llama", "pytorch", Shape(1, 1), device)
+        Case("llama", "pytorch", Workload(1, 1), device)
 
 
 @pytest.mark.parametrize("name", ["../x", "a/b", "", "A", "a__b", "_a"])
 def test_a_case_id_can_only_be_a_plain_file_name(name: str) -> None:
     with pytest.raises(UsageError, match="lower-case"):
-        Case(name, "pytorch", Shape(1, 1), "cpu")
+        Case(name, "pytorch", Workload(1, 1), "cpu")

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from memladder import actions
-from memladder.files import write_atomic
+from memladder.cli import actions
+from memladder.core.files import write_atomic
 from memladder.frameworks.base import Availability
-from memladder.sweep import cases as sweep_cases
-from memladder.sweep.store import Store
+from memladder.sweeps import cases as sweep_cases
+from memladder.sweeps.store import Store
 from tests.unit import examples
 
 ROOT = Path(__file__).parents[2]
@@ -120,7 +120,7 @@ def test_run_all_draws_the_published_figure(tmp_path: Path) -> None:
 def test_the_published_figure_and_help_need_no_heavy_library(tmp_path: Path) -> None:
     code = (
         "import sys; sys.argv = ['run_all.py']\n"
-        "from memladder.cli import run_all\n"
+        "from memladder.cli.main import run_all\n"
         "try: run_all()\n"
         "except SystemExit as e: assert not e.code\n"
         "names = {'torch', 'transformers', 'onnx', 'onnxruntime', 'safetensors'}\n"
@@ -134,7 +134,7 @@ def test_the_published_figure_and_help_need_no_heavy_library(tmp_path: Path) -> 
 def test_help_loads_neither_rich_nor_numpy(tmp_path: Path) -> None:
     code = (
         "import sys; sys.argv = ['memladder', '--help']\n"
-        "from memladder.cli import main\n"
+        "from memladder.cli.main import main\n"
         "try: main()\n"
         "except SystemExit as e: assert not e.code\n"
         "heavy = {'numpy', 'matplotlib', 'psutil', 'pynvml', 'torch'} & set(sys.modules)\n"

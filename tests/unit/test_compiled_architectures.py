@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from memladder import formats
-from memladder.engine import packed_layer
-from memladder.engine.compiler import bundle
-from memladder.engine.compiler.compile import Options, compile_file
-from memladder.engine.execute import Execution, arena_bytes
+from memladder.engine.compile import bundle
+from memladder.engine.compile.compile import CompileOptions, compile_file
 from memladder.engine.graph.evaluate import evaluate
 from memladder.engine.graph.nodes import Array
+from memladder.engine.packed import packed_layer
+from memladder.engine.run.execute import Execution, arena_bytes
 from memladder.kernels import naive
 from tests import hf_layers
 
@@ -41,7 +41,7 @@ def run(
     path: Path,
     states: Tensor,
     folder: Path,
-    options: Options,
+    options: CompileOptions,
     kernels: ModuleType = naive,
     device: str = "cpu",
 ) -> tuple[Tensor, int]:
@@ -66,7 +66,7 @@ def run(
 @pytest.mark.parametrize("name", hf_layers.parameters(LAUNCHES))
 def test_the_compiled_layer_is_the_layer(name: str, tmp_path: Path) -> None:
     layer = hf_layers.exported(name)
-    found, launches = run(layer.path, layer.given, tmp_path, Options("welder"))
+    found, launches = run(layer.path, layer.given, tmp_path, CompileOptions("welder"))
     assert hf_layers.relative_error(found, layer.expected()) <= 2e-3
     assert launches == LAUNCHES[name]
 
@@ -74,14 +74,14 @@ def test_the_compiled_layer_is_the_layer(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["gpt_neox", "qwen3", "mistral"])
 def test_chunks_of_a_long_sequence(name: str, tmp_path: Path) -> None:
     layer = hf_layers.exported(name, 1, 150)
-    whole = compile_file(layer.path, Options()).plan.nbytes
-    found, _ = run(layer.path, layer.given, tmp_path, Options(budget=whole * 4 // 5))
+    whole = compile_file(layer.path, CompileOptions()).plan.nbytes
+    found, _ = run(layer.path, layer.given, tmp_path, CompileOptions(budget=whole * 4 // 5))
     assert hf_layers.relative_error(found, layer.expected()) <= 2e-3
 
 
 def test_a_window_that_is_longer_than_the_sequence_is_none(tmp_path: Path) -> None:
     layer = hf_layers.exported("mistral", 2, 8, "eager")
-    found, _ = run(layer.path, layer.given, tmp_path, Options())
+    found, _ = run(layer.path, layer.given, tmp_path, CompileOptions())
     assert hf_layers.relative_error(found, layer.expected()) <= 2e-3
 
 
@@ -90,9 +90,9 @@ def test_quantised_weights_against_the_graph_on_what_they_decode_to(
     form: str, tmp_path: Path
 ) -> None:
     module, given, path = hf_layers.exported("gpt_neox")
-    found, _ = run(path, given, tmp_path, Options(format=form))
+    found, _ = run(path, given, tmp_path, CompileOptions(format=form))
     packed = packed_layer.load(tmp_path / bundle.WEIGHTS)
-    compiled = compile_file(path, Options(format=form))
+    compiled = compile_file(path, CompileOptions(format=form))
     for name, weight in compiled.parameters.matrices.items():
         decoded = packed.matrices[name].dequantise().numpy()
         # The graph's own nodes hold these objects.
@@ -108,7 +108,9 @@ def test_matrices_that_are_kept_among_quantised_ones(tmp_path: Path) -> None:
     module, given, path = hf_layers.exported("llama")
     module = deepcopy(module)
     names = ("query", "output", "gate", "down")
-    found, _ = run(path, given, tmp_path, Options(format="int8", activation="int8", kept=names))
+    found, _ = run(
+        path, given, tmp_path, CompileOptions(format="int8", activation="int8", kept=names)
+    )
     exact, int8 = module(given), formats.get("int8")
 
     def rounded(x: Tensor) -> Tensor:
@@ -119,7 +121,7 @@ def test_matrices_that_are_kept_among_quantised_ones(tmp_path: Path) -> None:
         if isinstance(linear, torch.nn.Linear) and name not in kept:
             linear.weight.data = rounded(linear.weight)
             linear.register_forward_pre_hook(lambda _, inputs: (rounded(inputs[0]),))
-    # An 8-bit rounding is a step function (see `memladder.engine.reference`): whole layers of int8
+    # An 8-bit rounding is a step function (see `engine.packed.reference`): whole layers of int8
     # differ by up to 3.8e-3 from a module that keeps all else in fp32.
     expected = module(given)
     assert hf_layers.relative_error(found, expected) <= 4e-3

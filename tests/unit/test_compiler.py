@@ -10,17 +10,18 @@ import pytest
 import torch
 
 from memladder import formats, models
-from memladder.case import Shape
-from memladder.engine import packed_layer, packing
-from memladder.engine.compiler import arena, bundle, schedule, tiles
-from memladder.engine.compiler.compile import Options, Result, compile_file, within
-from memladder.engine.compiler.fused import Product
-from memladder.engine.compiler.traffic import Traffic, weight_sizes
+from memladder.core.case import Workload
+from memladder.core.errors import FormatError, GraphError, UsageError
+from memladder.core.units import MIB
+from memladder.engine.compile import arena, bundle, schedule, tiles
+from memladder.engine.compile import layers as compiled_layers
+from memladder.engine.compile.compile import CompileOptions, Result, compile_file, within
+from memladder.engine.compile.traffic import Traffic, weight_sizes
+from memladder.engine.graph.fused import Product
 from memladder.engine.graph.nodes import Input, Linear, Norm, Pointwise
-from memladder.engine.program import Step
-from memladder.errors import FormatError, GraphError, UsageError
+from memladder.engine.packed import packed_layer
+from memladder.engine.program.steps import Step
 from memladder.models import onnx_export
-from memladder.units import MIB
 from tests import layers
 from tests.unit.onnx_models import save
 
@@ -33,7 +34,7 @@ def moved(found: Result) -> int:
 
 
 def exported(model: str, shape: str, cache_dir: Path) -> Path:
-    return onnx_export.ensure(models.narrow_config(model), cache_dir, Shape.parse(shape), 0)
+    return onnx_export.ensure(models.narrow_config(model), cache_dir, Workload.parse(shape), 0)
 
 
 # By activation: what runs for one chunk of both layers, in order; LLaMA's and BLOOM's first norm
@@ -51,7 +52,7 @@ def test_the_steps_of_a_chunk(
     model: str, activation: str | None, shape: str, cache_dir: Path
 ) -> None:
     kind = None if activation is None else formats.get(activation)
-    program = layers.form(layers.narrow(model), cache_dir).program(Shape.parse(shape), kind)
+    program = layers.form(layers.narrow(model), cache_dir).program(Workload.parse(shape), kind)
     norm, mlp = {"llama": ("rms_norm", "glu"), "bloom": ("layer_norm", "matmul")}[model]
     expected = KERNELS[activation].replace("norm", norm).replace("mlp", mlp).split()
     assert [step.kernel for step in program.steps] == expected
@@ -66,14 +67,14 @@ def test_the_steps_of_a_chunk(
 def test_a_layer_compiled_once_is_that_compiled_at_the_shape(
     model: str, shape: str, cache_dir: Path
 ) -> None:
-    found = compile_file(exported(model, shape, cache_dir), Options())
+    found = compile_file(exported(model, shape, cache_dir), CompileOptions())
     form = layers.form(models.narrow_config(model), cache_dir)
     assert form.program(found.graph.shape) == found.program
 
 
 @pytest.mark.parametrize("model", ["llama", "bloom"])
 def test_single_tokens_need_no_positions(model: str, cache_dir: Path) -> None:
-    found = compile_file(exported(model, "1x1", cache_dir), Options()).program
+    found = compile_file(exported(model, "1x1", cache_dir), CompileOptions()).program
     assert len(found.steps) == 7
     positions = {"frequencies", "slopes"}
     assert not any(positions & step.weights.keys() for step in found.steps)
@@ -84,10 +85,12 @@ def test_the_packed_weights_are_the_checkpoints(
     model: str, shape: str, tmp_path: Path, cache_dir: Path
 ) -> None:
     config = models.narrow_config(model)
-    found = compile_file(exported(model, shape, cache_dir), Options(format="int4"))
+    found = compile_file(exported(model, shape, cache_dir), CompileOptions(format="int4"))
     bundle.pack(found, tmp_path / "weights")
     ours = packed_layer.load(tmp_path / "weights")
-    theirs = packed_layer.load(packing.ensure(config, formats.get("int4"), cache_dir, 0))
+    theirs = packed_layer.load(
+        compiled_layers.ensure_packed(config, formats.get("int4"), cache_dir, 0)
+    )
     assert ours.matrices.keys() == theirs.matrices.keys()
     for name, matrix in theirs.matrices.items():
         assert torch.equal(ours.matrices[name].codes, matrix.codes)
@@ -98,22 +101,22 @@ def test_the_packed_weights_are_the_checkpoints(
         torch.testing.assert_close(vector, theirs.vectors[name], rtol=1e-6, atol=0)
     # One was compiled for a shape, the other for all.
     with pytest.raises(UsageError, match=f"compiled for {shape}; 1x1 was asked for"):
-        ours.form.program(Shape(1, 1))
+        ours.form.program(Workload(1, 1))
 
 
 def test_matrices_that_are_kept_in_fp16(cache_dir: Path) -> None:
     path = exported("llama", "1x1", cache_dir)
-    found = compile_file(path, Options(format="int4", kept=("down", "*o_proj*")))
+    found = compile_file(path, CompileOptions(format="int4", kept=("down", "*o_proj*")))
     kept = {name for name, kind in found.form.others.items() if str(kind) == "fp16"}
     assert kept == {"down", "output"}
     assert str(found.form.format_of("up")) == "int4"
     with pytest.raises(UsageError, match=r"no matrix is called 'dwon'; there are: query \(block"):
-        compile_file(path, Options(format="int4", kept=("dwon",)))
+        compile_file(path, CompileOptions(format="int4", kept=("dwon",)))
 
 
 def test_activations_of_kept_matrices_are_not_quantised(cache_dir: Path) -> None:
     path = exported("llama", "1x1", cache_dir)
-    found = compile_file(path, Options(format="int1", kept=("query", "gate", "down")))
+    found = compile_file(path, CompileOptions(format="int1", kept=("query", "gate", "down")))
     steps = [(step.kernel, step.values.get("format")) for step in found.program.steps]
     assert steps == [
         ("rms_norm", None),
@@ -128,31 +131,31 @@ def test_activations_of_kept_matrices_are_not_quantised(cache_dir: Path) -> None
 
 def test_a_memory_budget_is_kept_and_used(cache_dir: Path) -> None:
     path = exported("bloom", "1x1025", cache_dir)
-    knee = compile_file(path, Options())
+    knee = compile_file(path, CompileOptions())
     assert knee.chunk == 512
-    least = compile_file(path, Options(budget=knee.plan.nbytes))
+    least = compile_file(path, CompileOptions(budget=knee.plan.nbytes))
     assert least.plan.nbytes <= knee.plan.nbytes
     assert moved(least) <= moved(knee)
     # More memory is used, for fewer reads of the weights; less is used where there is less.
     bytes_moved = []
     for budget in (knee.plan.nbytes * 9 // 10, knee.plan.nbytes, 2 * knee.plan.nbytes, 1 << 30):
-        found = compile_file(path, Options(budget=budget))
+        found = compile_file(path, CompileOptions(budget=budget))
         assert found.plan.nbytes <= budget
         bytes_moved.append(moved(found))
     assert bytes_moved == sorted(bytes_moved, reverse=True)
     assert len(set(bytes_moved)) > 2
-    wide = compile_file(path, Options(budget=1 << 30))
+    wide = compile_file(path, CompileOptions(budget=1 << 30))
     assert wide.chunk >= 1025
     assert len(wide.program.steps) == 7
     with pytest.raises(
         UsageError, match=r"a memory budget of 1,024 bytes is too small: [\d,]+ are the "
     ):
-        compile_file(path, Options(budget=1024))
+        compile_file(path, CompileOptions(budget=1024))
 
 
 def test_compiling_twice_is_the_same(cache_dir: Path) -> None:
     path = exported("llama", "3x600", cache_dir)
-    one, two = (compile_file(path, Options(format="int4")) for _ in range(2))
+    one, two = (compile_file(path, CompileOptions(format="int4")) for _ in range(2))
     assert (one.program, one.plan) == (two.program, two.plan)
     assert schedule.markdown(one, "m", "ladder") == schedule.markdown(two, "m", "ladder")
 
@@ -160,14 +163,20 @@ def test_compiling_twice_is_the_same(cache_dir: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (Options("tvm"), "unknown engine 'tvm'; known: welder, ladder"),
-        (Options("welder", "int4"), "welder fuses and has no number format but fp16"),
-        (Options("welder", activation="fp8"), "welder fuses and has no number format but fp16"),
-        (Options("ladder", "int4", "int4"), "int4 is no activation format; allowed: fp16, fp8"),
-        (Options("ladder", "int5"), "int5"),
+        (CompileOptions("tvm"), "unknown engine 'tvm'; known: welder, ladder"),
+        (CompileOptions("welder", "int4"), "welder fuses and has no number format but fp16"),
+        (
+            CompileOptions("welder", activation="fp8"),
+            "welder fuses and has no number format but fp16",
+        ),
+        (
+            CompileOptions("ladder", "int4", "int4"),
+            "int4 is no activation format; allowed: fp16, fp8",
+        ),
+        (CompileOptions("ladder", "int5"), "int5"),
     ],
 )
-def test_options_that_can_not_be(options: Options, said: str, cache_dir: Path) -> None:
+def test_options_that_can_not_be(options: CompileOptions, said: str, cache_dir: Path) -> None:
     with pytest.raises((UsageError, FormatError), match=said):
         compile_file(exported("llama", "1x1", cache_dir), options)
 
@@ -175,18 +184,18 @@ def test_options_that_can_not_be(options: Options, said: str, cache_dir: Path) -
 def test_nodes_without_a_kernel_are_named(tmp_path: Path) -> None:
     path = save(tmp_path / "m.onnx", [("Erf", "x", "e"), ("Exp", "e", "y")])
     with pytest.raises(GraphError, match="no kernel for exp 'exp_1'"):
-        compile_file(path, Options())
+        compile_file(path, CompileOptions())
 
 
 def test_a_product_never_writes_over_what_it_reads(tmp_path: Path) -> None:
     matrix = np.eye(8, dtype=np.float32)
     path = save(tmp_path / "m.onnx", [("MatMul", ("x", "w"), "y")], {"w": matrix})
-    found = compile_file(path, Options())
+    found = compile_file(path, CompileOptions())
     assert found.program.input != found.program.output
 
 
 def test_programs_that_are_none(tmp_path: Path, cache_dir: Path) -> None:
-    found = compile_file(exported("llama", "1x1", cache_dir), Options())
+    found = compile_file(exported("llama", "1x1", cache_dir), CompileOptions())
     program, weights = tmp_path / "program.json", tmp_path / "weights"
     bundle.pack(found, weights)
     text = bundle.program_json(found)
@@ -240,16 +249,16 @@ def test_how_often_a_product_reads_its_activation() -> None:
 def test_of_all_chunks_that_fit_the_one_that_moves_least_is_taken(cache_dir: Path) -> None:
     form = layers.form(models.layer_config("llama"), cache_dir)
     wide = 1 << 30
-    _, _, chunk = within(form, Shape(1, 4096), None, wide, in_place=True)
+    _, _, chunk = within(form, Workload(1, 4096), None, wide, in_place=True)
     found = {}
     for size in (512, 1024, 1408, 2048, 4096):
-        program = form.program(Shape(1, 4096), chunk=size, budget=wide)
+        program = form.program(Workload(1, 4096), chunk=size, budget=wide)
         found[size] = Traffic(form, program).fused()
     assert min(found, key=lambda size: found[size]) == chunk == 2048
 
 
 def test_traffic_is_counted_by_hand(cache_dir: Path) -> None:
-    found = compile_file(exported("llama", "1x1", cache_dir), Options())
+    found = compile_file(exported("llama", "1x1", cache_dir), CompileOptions())
     sizes = weight_sizes(found.form)
     values = models.narrow_config("llama").values
     assert sum(sizes.values()) == 2 * models.parameters(models.narrow_config("llama"))
@@ -294,7 +303,7 @@ COUNTED = {
 )
 def test_traffic_is_what_was_counted(model: str, weight: str, cache_dir: Path) -> None:
     form = layers.form(models.layer_config(model), cache_dir, weight)
-    program = form.program(Shape(1, 4096))
+    program = form.program(Workload(1, 4096))
     traffic = Traffic(form, program)
     predicted = {}
     for step in program.steps:
@@ -306,7 +315,7 @@ def test_traffic_is_what_was_counted(model: str, weight: str, cache_dir: Path) -
 
 
 def test_the_schedule_says_what_was_done(cache_dir: Path, tmp_path: Path) -> None:
-    found = compile_file(exported("bloom", "1x1025", cache_dir), Options(format="int4"))
+    found = compile_file(exported("bloom", "1x1025", cache_dir), CompileOptions(format="int4"))
     text = schedule.markdown(found, "bloom.onnx", "ladder")
     assert "# bloom.onnx, compiled by ladder" in text
     assert "weights int4" in text
@@ -322,7 +331,7 @@ def test_the_schedule_says_what_was_done(cache_dir: Path, tmp_path: Path) -> Non
 def test_steps_of_a_graph_without_attention(tmp_path: Path) -> None:
     matrix = np.eye(8, dtype=np.float32)
     nodes = [("MatMul", ("x", "w"), "m"), ("Relu", "m", "r"), ("Add", ("r", "x"), "y")]
-    found = compile_file(save(tmp_path / "m.onnx", nodes, {"w": matrix}), Options())
+    found = compile_file(save(tmp_path / "m.onnx", nodes, {"w": matrix}), CompileOptions())
     (step,) = found.program.steps
     assert isinstance(step, Step)
     assert (step.kernel, step.values) == ("matmul", {"activation": "relu"})

@@ -12,8 +12,8 @@ import torch
 from onnx import TensorProto
 
 from memladder import load_layer, models
-from memladder.case import Shape
-from memladder.errors import UsageError
+from memladder.core.case import Workload
+from memladder.core.errors import UsageError
 from memladder.models import onnx_export
 from tests.unit.command import Command, Done
 from tests.unit.onnx_models import save
@@ -55,7 +55,7 @@ def test_a_layer_is_compiled_and_run(memladder: Command, model: Path, tmp_path: 
 def test_the_kernels_of_a_gpu_are_written_down(
     memladder: Command, tmp_path: Path, cache_dir: Path
 ) -> None:
-    model = onnx_export.ensure(models.narrow_config("llama"), cache_dir, Shape(1, 1), 0)
+    model = onnx_export.ensure(models.narrow_config("llama"), cache_dir, Workload(1, 1), 0)
     assert memladder("compile", model, "--format", "int4", "--out", "made").code == 0
     files = sorted((tmp_path / "made/kernels").iterdir())
     names = [path.stem.partition("_")[2] for path in files]

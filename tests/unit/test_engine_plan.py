@@ -14,17 +14,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memladder import formats, models
-from memladder.case import FIGURE_SHAPES, Shape
-from memladder.engine.plan import ALIGNMENT, Plan, plan
-from memladder.engine.program import Buffer, Program, Rows, Step
-from memladder.units import MIB
+from memladder.core.case import FIGURE_SHAPES, Workload
+from memladder.core.units import MIB
+from memladder.engine.program.plan import ALIGNMENT, ArenaPlan, plan
+from memladder.engine.program.steps import Buffer, Program, Rows, Step
 from tests import layers
 
 # transformers and the exporter warn about their own code.
 pytestmark = pytest.mark.filterwarnings("default")
 
 ITEM = {"float16": 2, "float32": 4, "uint8": 1}
-ODD_SHAPES = (Shape(7, 333), Shape(1, 17), Shape(3, 1), Shape(2, 4095))
+ODD_SHAPES = (Workload(7, 333), Workload(1, 17), Workload(3, 1), Workload(2, 4095))
 
 
 # What the planner should know, written down a second time
@@ -79,7 +79,7 @@ def naive_bound(program: Program, alignment: int = ALIGNMENT) -> int:
     )
 
 
-def simulate(program: Program, found: Plan) -> None:
+def simulate(program: Program, found: ArenaPlan) -> None:
     """Run the program on real bytes; every write leaves a pattern that no other write does.
 
     Each buffer also exists on its own, out of the arena: what a step reads must be what was last
@@ -285,7 +285,7 @@ def test_lifetimes_are_from_the_first_to_the_last_use(program: Program) -> None:
 def test_the_simulation_sees_every_overlap(cache_dir: Path) -> None:
     """What the tests above rest on: any buffer moved onto one that is still needed is noticed."""
     form = layers.form(layers.narrow("llama"), cache_dir)
-    program = form.program(Shape(1, 17), formats.get("fp8"))
+    program = form.program(Workload(1, 17), formats.get("fp8"))
     found, lives, pairs = plan(program), lifetimes(program), shared(program)
     simulate(program, found)
     allowed = {pair for step in pairs.values() for pair in step}
@@ -296,7 +296,7 @@ def test_the_simulation_sees_every_overlap(cache_dir: Path) -> None:
             continue
         moved = {**found.offsets, other: found.offsets[one]}
         with pytest.raises(AssertionError, match=r"overwritten|written over"):
-            simulate(program, Plan(moved, 2 * found.nbytes, found.lower_bound))
+            simulate(program, ArenaPlan(moved, 2 * found.nbytes, found.lower_bound))
         tried += 1
     assert tried > 30
 
@@ -467,7 +467,7 @@ def test_rows_may_be_written_in_any_order(order: list[int], missing: int) -> Non
 @pytest.mark.parametrize("activation", [None, "fp8", "mxfp8", "int8"])
 @pytest.mark.parametrize("model", ["llama", "bloom"])
 def test_a_figures_layer_needs_what_must_be_alive(
-    model: str, activation: str | None, shape: Shape, cache_dir: Path
+    model: str, activation: str | None, shape: Workload, cache_dir: Path
 ) -> None:
     form = layers.form(models.layer_config(model), cache_dir)
     kind = formats.get(activation) if activation else None
@@ -487,7 +487,7 @@ def test_a_figures_layer_needs_what_must_be_alive(
     ids=str,
 )
 def test_a_figures_layer_has_its_floor(
-    model: str, shape: Shape, published: float, cache_dir: Path
+    model: str, shape: Workload, published: float, cache_dir: Path
 ) -> None:
     hidden, keys, ffn = {"llama": (8192, 1024, 28672), "bloom": (14336, 14336, 57344)}[model]
     chunk = min(shape.tokens, 512)
@@ -520,7 +520,7 @@ def test_how_often_a_figures_layer_reads_its_weights(
     model: str, activation: str | None, ahead: int, after: int, cache_dir: Path
 ) -> None:
     form = layers.form(models.layer_config(model), cache_dir)
-    program = form.program(Shape(1, 4096), formats.get(activation) if activation else None)
+    program = form.program(Workload(1, 4096), formats.get(activation) if activation else None)
     read = Counter(name for step in program.steps for name in step.weights.values())
     expected = {"query": 8, "key": ahead, "value": ahead, "output": 8, "up": after, "down": after}
     assert {name: read[name] for name in expected} == expected
@@ -532,7 +532,7 @@ def test_a_budget_is_for_keys_and_values_too(cache_dir: Path) -> None:
     sizes = {2048: (4 + 2 + 0.5) * 112 * MIB, 4096: (4 + 2 + 1) * 112 * MIB}
     for rows, budget in sizes.items():
         for spare, found in ((0, rows), (-1, rows // 2)):
-            program = form.program(Shape(4, 4096), budget=int(budget) + 8 * ALIGNMENT * spare)
+            program = form.program(Workload(4, 4096), budget=int(budget) + 8 * ALIGNMENT * spare)
             (most,) = {step.writes["key"].count for step in program.steps if "key" in step.writes}
             assert most == found
             assert plan(program).nbytes <= budget
@@ -547,7 +547,7 @@ def test_a_layers_steps_leave_each_other_alone(
 ) -> None:
     form = layers.form(layers.narrow(model), cache_dir)
     kind = formats.get(activation) if activation else None
-    for shape in (Shape(1, 1), Shape(3, 1), Shape(2, 17), Shape(1, 130)):
+    for shape in (Workload(1, 1), Workload(3, 1), Workload(2, 17), Workload(1, 130)):
         program = form.program(shape, kind, chunk=chunk, in_place=in_place)
         assert (program.input == program.output) is in_place
         found = plan(program)

@@ -16,13 +16,13 @@ import pytest
 import torch
 
 from memladder import formats
-from memladder.case import Shape
-from memladder.engine import packed_layer, packing
-from memladder.engine import reference as packed_reference
-from memladder.engine.compiler import layers
-from memladder.engine.execute import Execution
-from memladder.engine.plan import plan
-from memladder.errors import CacheError, UnavailableError
+from memladder.core.case import Workload
+from memladder.core.errors import CacheError, UnavailableError
+from memladder.engine.compile import layers
+from memladder.engine.packed import packed_layer
+from memladder.engine.packed import reference as packed_reference
+from memladder.engine.program.plan import plan
+from memladder.engine.run.execute import Execution
 from memladder.kernels import naive
 from memladder.models import LayerConfig, cache, reference, weights
 from tests.layers import narrow
@@ -34,9 +34,9 @@ BOUND = 2e-3
 ROOT = Path(__file__).parents[2]
 
 
-def execution(made: LayerConfig, shape: Shape, cache_dir: Path, **options: Any) -> Execution:
+def execution(made: LayerConfig, shape: Workload, cache_dir: Path, **options: Any) -> Execution:
     """The fp16 layer in an arena of NaN, its input in place."""
-    packed = packed_layer.load(packing.ensure(made, formats.get("fp16"), cache_dir, 0))
+    packed = packed_layer.load(layers.ensure_packed(made, formats.get("fp16"), cache_dir, 0))
     program = packed.form.program(shape, **options)
     planned = plan(program)
     arena = torch.full((planned.nbytes,), 255, dtype=torch.uint8)
@@ -45,7 +45,7 @@ def execution(made: LayerConfig, shape: Shape, cache_dir: Path, **options: Any) 
     return found
 
 
-def error(made: LayerConfig, shape: Shape, cache_dir: Path, **options: Any) -> float:
+def error(made: LayerConfig, shape: Workload, cache_dir: Path, **options: Any) -> float:
     found = execution(made, shape, cache_dir, **options)
     found.run()
     output = found.output.float().numpy().reshape(shape.batch_size, shape.seq_len, -1)
@@ -54,8 +54,8 @@ def error(made: LayerConfig, shape: Shape, cache_dir: Path, **options: Any) -> f
 
 
 def test_the_packed_layers_reference_turns_by_its_frequencies(cache_dir: Path) -> None:
-    config, shape = narrow("llama"), Shape(1, 600)
-    packed = packed_layer.load(packing.ensure(config, formats.get("fp16"), cache_dir, 0))
+    config, shape = narrow("llama"), Workload(1, 600)
+    packed = packed_layer.load(layers.ensure_packed(config, formats.get("fp16"), cache_dir, 0))
     sources = layers.ensure(config, cache_dir).sources
     path = weights.ensure(config, cache_dir, 0)
     expected = reference.output(config, path, shape, 0)
@@ -75,19 +75,19 @@ def test_the_packed_layers_reference_turns_by_its_frequencies(cache_dir: Path) -
 @pytest.mark.parametrize("model", ["llama", "bloom"])
 @pytest.mark.parametrize("shape", ["1x1", "32x1", "2x17", "3x600", "1x1025"])
 def test_the_layer_at_odd_shapes(model: str, shape: str, cache_dir: Path) -> None:
-    assert error(narrow(model), Shape.parse(shape), cache_dir) <= BOUND
+    assert error(narrow(model), Workload.parse(shape), cache_dir) <= BOUND
 
 
 @pytest.mark.parametrize("model", ["llama", "bloom"])
 @pytest.mark.parametrize("chunk", [1, 7, 64, 4096])
 def test_the_layer_in_chunks_of_any_size(model: str, chunk: int, cache_dir: Path) -> None:
-    assert error(narrow(model), Shape(3, 50), cache_dir, chunk=chunk) <= BOUND
+    assert error(narrow(model), Workload(3, 50), cache_dir, chunk=chunk) <= BOUND
 
 
 @pytest.mark.parametrize("model", ["llama", "bloom"])
 def test_a_sequence_of_several_chunks_sees_its_earlier_ones(model: str, cache_dir: Path) -> None:
     # The last chunk is one query over 193 keys.
-    assert error(narrow(model), Shape(2, 193), cache_dir, chunk=64) <= BOUND
+    assert error(narrow(model), Workload(2, 193), cache_dir, chunk=64) <= BOUND
 
 
 @pytest.mark.parametrize(
@@ -124,12 +124,12 @@ def test_what_a_configuration_may_ask_for(
     model: str, changes: Mapping[str, Any], cache_dir: Path
 ) -> None:
     # Compiled from an outline of shorter sequences.
-    assert error(narrow(model, **changes), Shape(2, 190), cache_dir) <= BOUND
+    assert error(narrow(model, **changes), Workload(2, 190), cache_dir) <= BOUND
 
 
 @pytest.mark.parametrize("model", ["llama", "bloom"])
 def test_an_input_that_is_to_be_kept_is_kept(model: str, cache_dir: Path) -> None:
-    shape = Shape(2, 300)
+    shape = Workload(2, 300)
     over = execution(narrow(model), shape, cache_dir)
     over.run()
     beside = execution(narrow(model), shape, cache_dir, in_place=False)
@@ -143,10 +143,10 @@ def test_an_input_that_is_to_be_kept_is_kept(model: str, cache_dir: Path) -> Non
 
 def test_a_weight_that_the_layer_lacks_is_not_left_out(cache_dir: Path) -> None:
     made = narrow("bloom")
-    packed = packed_layer.load(packing.ensure(made, formats.get("fp16"), cache_dir, 0))
+    packed = packed_layer.load(layers.ensure_packed(made, formats.get("fp16"), cache_dir, 0))
     # A bias is optional to the kernel: without an error the layer would be computed without it.
     del packed.vectors["up.bias"]
-    program = packed.form.program(Shape(1, 1))
+    program = packed.form.program(Workload(1, 1))
     planned = plan(program)
     arena = torch.empty(planned.nbytes, dtype=torch.uint8)
     with pytest.raises(KeyError, match=r"up\.bias"):
@@ -198,7 +198,7 @@ def test_what_is_compiled_once_is_read_afterwards(
     known = layers.ensure(narrow("llama"), cache_dir)
     monkeypatch.setattr(layers.onnx_export, "outline", None)
     found = layers.ensure(narrow("llama"), cache_dir)
-    for shape in (Shape(1, 1), Shape(3, 600)):
+    for shape in (Workload(1, 1), Workload(3, 600)):
         programs = [form.program(shape) for form in (packed(known), packed(found))]
         assert programs[0] == programs[1]
     assert found.sources == known.sources
@@ -220,17 +220,20 @@ def packed(compiled: layers.CompiledLayer) -> packed_layer.Form:
 
 
 def test_the_process_that_measures_loads_no_exporter(cache_dir: Path) -> None:
-    path = packing.ensure(narrow("llama"), formats.get("fp16"), cache_dir, 0)
+    path = layers.ensure_packed(narrow("llama"), formats.get("fp16"), cache_dir, 0)
     code = """if True:
         import sys
         from pathlib import Path
         from memladder import formats, models
-        from memladder.case import Shape
-        from memladder.engine import execute, packed_layer, packing, plan
-        path = packing.ensure(
+        from memladder.core.case import Workload
+        from memladder.engine.compile import layers
+        from memladder.engine.packed import packed_layer
+        from memladder.engine.program import plan
+        from memladder.engine.run import execute
+        path = layers.ensure_packed(
             models.narrow_config("llama"), formats.get("fp16"), Path(sys.argv[1]), 0
         )
-        program = packed_layer.load(path).form.program(Shape(1, 600))
+        program = packed_layer.load(path).form.program(Workload(1, 600))
         plan.plan(program)
         print(path, *{name.partition(".")[0] for name in sys.modules})
     """

@@ -3,11 +3,11 @@ from subprocess import run
 
 import pytest
 
-from memladder.case import Case, Shape
+from memladder.core.case import Case, Workload
 from memladder.environments.probe import package_versions
-from memladder.measure import environment
+from memladder.meter import environment
 
-CASE = Case("llama", "pytorch", Shape(1, 1), "cpu")
+CASE = Case("llama", "pytorch", Workload(1, 1), "cpu")
 
 
 def test_this_machine_is_described() -> None:
@@ -61,7 +61,8 @@ def test_versions_are_those_installed() -> None:
 
 def test_measuring_imports_neither_torch_nor_numpy() -> None:
     program = (
-        "import sys; from memladder.measure import calibration, doctor, runner; "
+        "import sys; from memladder.checks import calibration, doctor; "
+        "from memladder.meter.outside import runner; "
         "sys.exit(bool({'torch', 'numpy', 'transformers'} & set(sys.modules)))"
     )
     assert run([sys.executable, "-c", program], check=False).returncode == 0

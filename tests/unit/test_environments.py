@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from memladder import frameworks
+from memladder.core.errors import LockedError, UsageError
 from memladder.environments import ask, install, interpreter
-from memladder.errors import LockedError, UsageError
 
 FAILS = """#!/bin/sh
 if [ "$1" = venv ]; then mkdir -p "$4/bin"; echo half > "$4/half"; exit 0; fi

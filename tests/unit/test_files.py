@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from memladder.errors import UsageError
-from memladder.files import writable_folder, write_atomic
+from memladder.core.errors import UsageError
+from memladder.core.files import writable_folder, write_atomic
 
 
 def test_what_is_written_is_whole(tmp_path: Path) -> None:

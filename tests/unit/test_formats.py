@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from memladder import formats
-from memladder.errors import FormatError
+from memladder.core.errors import FormatError
 from memladder.formats.base import Quantised
 from tests.unit.code_tables import E2M1, E4M3, E5M2, NORMAL_FLOAT, NUMBERS
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from memladder import formats
-from memladder.errors import FormatError
+from memladder.core.errors import FormatError
 from memladder.formats import mx
 from memladder.formats.elements import ELEMENTS
 from tests.unit.code_tables import BYTES, E2M1, E4M3, E5M2

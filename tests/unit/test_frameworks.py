@@ -9,12 +9,12 @@ from types import SimpleNamespace
 import pytest
 
 from memladder import frameworks
-from memladder.case import Case, Shape
-from memladder.errors import UsageError
+from memladder.core.case import Case, Workload
+from memladder.core.errors import UsageError
+from memladder.core.units import GIB, MIB
 from memladder.frameworks import onnxruntime, pytorch
 from memladder.frameworks.base import OutOfMemoryError
 from memladder.frameworks.torch_common import memory_errors
-from memladder.units import GIB, MIB
 
 
 def test_the_folder_is_the_list_of_frameworks() -> None:
@@ -71,7 +71,7 @@ def test_onnxruntime_on_cuda_needs_the_gpu_package(
 
 def test_inductor_compiles_anew_and_alone() -> None:
     on_cpu, on_cuda = (
-        pytorch.FRAMEWORK.environment(Case("llama", "pytorch", Shape(1, 1), device))
+        pytorch.FRAMEWORK.environment(Case("llama", "pytorch", Workload(1, 1), device))
         for device in ("cpu", "cuda:0")
     )
     assert on_cpu["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] == "1"

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from memladder.engine.graph import convert
+from memladder.core.errors import GraphError
+from memladder.engine.frontend import convert
 from memladder.engine.graph.evaluate import evaluate
 from memladder.engine.graph.nodes import Attention, Graph, Norm, Pointwise, Rotary
-from memladder.errors import GraphError
 from tests import hf_layers
 
 # transformers and the exporter warn about their own code.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from memladder.engine.graph.positions import PositionError, read_bias, read_rotation
+from memladder.engine.frontend.positions import PositionError, read_bias, read_rotation
 
 S = 40
 DISTANCE = np.arange(S)[:, np.newaxis] - np.arange(S)

@@ -10,13 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memladder.case import Shape
-from memladder.engine.graph import views
-from memladder.engine.graph.axes import LayoutError, token_axes
+from memladder.core.case import Workload
+from memladder.engine.frontend import views
+from memladder.engine.frontend.axes import LayoutError, token_axes
+from memladder.engine.frontend.views import Value
 from memladder.engine.graph.nodes import Input
-from memladder.engine.graph.views import Value
 
-TOKENS = Shape(2, 3)
+TOKENS = Workload(2, 3)
 NODE = Input(24, "x")
 START = views.whole(NODE, (*token_axes(TOKENS), (24,)), TOKENS)
 ARRAY = np.arange(2 * 3 * 24, dtype=np.float64).reshape(2, 3, 24)

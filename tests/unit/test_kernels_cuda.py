@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from memladder import formats
-from memladder.errors import UnavailableError
+from memladder.core.errors import UnavailableError
 from memladder.kernels import cuda, naive
 from memladder.kernels.cuda import skinny
 from memladder.kernels.packed import PackedMatrix

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from memladder import formats, load_layer, models
-from memladder.case import Shape
-from memladder.engine import packed_layer, packing, reference
-from memladder.engine.compiler import layers
-from memladder.engine.execute import Execution
-from memladder.engine.plan import plan
-from memladder.errors import FormatError, UsageError
+from memladder.core.case import Workload
+from memladder.core.errors import FormatError, UsageError
+from memladder.engine.compile import layers
+from memladder.engine.packed import packed_layer, reference
+from memladder.engine.program.plan import plan
+from memladder.engine.run.execute import Execution
 from memladder.kernels import naive
 from memladder.models import LayerConfig
 from memladder.models.weights import hidden_states
@@ -29,7 +29,7 @@ def config(model: str) -> LayerConfig:
 
 
 def packed(model: str, spec: str, cache_dir: Path) -> Path:
-    return packing.ensure(config(model), formats.get(spec), cache_dir, 0)
+    return layers.ensure_packed(config(model), formats.get(spec), cache_dir, 0)
 
 
 @pytest.mark.parametrize("model", ["llama", "bloom"])
@@ -39,7 +39,7 @@ def test_it_computes_the_layer_at_one_shape_after_another(
 ) -> None:
     path = packed(model, spec, cache_dir)
     layer = load_layer(path)
-    for shape in (Shape(2, 17), Shape(1, 1), Shape(2, 17)):
+    for shape in (Workload(2, 17), Workload(1, 1), Workload(2, 17)):
         states = torch.from_numpy(hidden_states(config(model), shape, 0))
         states = states.reshape(shape.batch_size, shape.seq_len, -1)
         before = states.clone()
@@ -66,7 +66,7 @@ def test_activations_are_in_the_weights_own_format_or_the_one_given(
     spec: str, given: str | None, activation: str | None, cache_dir: Path
 ) -> None:
     path = packed("llama", spec, cache_dir)
-    shape = Shape(1, 9)
+    shape = Workload(1, 9)
     states = torch.from_numpy(hidden_states(config("llama"), shape, 0)).view(1, 9, -1)
     found = load_layer(path, activation=given)(states)
     # The same steps, bound by hand.

@@ -10,10 +10,10 @@ import pytest
 from safetensors.numpy import load_file
 
 from memladder import models
-from memladder.case import Shape
+from memladder.core.case import Workload
 from memladder.models import LayerConfig, reference, weights
 
-SHAPES = [Shape(1, 1), Shape(2, 17), Shape(3, 1), Shape(1, 130)]
+SHAPES = [Workload(1, 1), Workload(2, 17), Workload(3, 1), Workload(1, 130)]
 Tensors = dict[str, np.ndarray]
 
 
@@ -97,7 +97,7 @@ def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
-def naive(config: LayerConfig, path: Path, shape: Shape, drop: str | None = None) -> np.ndarray:
+def naive(config: LayerConfig, path: Path, shape: Workload, drop: str | None = None) -> np.ndarray:
     tensors = {name: tensor.astype(np.float64) for name, tensor in load_file(path).items()}
     if drop is not None:
         tensors[drop] = np.full_like(tensors[drop], 1.0 if drop.endswith("norm.weight") else 0.0)
@@ -107,7 +107,9 @@ def naive(config: LayerConfig, path: Path, shape: Shape, drop: str | None = None
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("model", ["llama", "bloom"])
-def test_the_reference_is_the_published_function(model: str, shape: Shape, cache_dir: Path) -> None:
+def test_the_reference_is_the_published_function(
+    model: str, shape: Workload, cache_dir: Path
+) -> None:
     config = models.narrow_config(model)
     path = weights.ensure(config, cache_dir, 0)
     expected = naive(config, path, shape)
@@ -116,7 +118,7 @@ def test_the_reference_is_the_published_function(model: str, shape: Shape, cache
 
 @pytest.mark.parametrize("model", ["llama", "bloom"])
 def test_no_parameter_could_be_left_out_unnoticed(model: str, cache_dir: Path) -> None:
-    config, shape = models.narrow_config(model), Shape(2, 17)
+    config, shape = models.narrow_config(model), Workload(2, 17)
     path = weights.ensure(config, cache_dir, 0)
     whole = naive(config, path, shape)
     for name in models.tensor_shapes(config):
@@ -129,7 +131,7 @@ def test_no_parameter_could_be_left_out_unnoticed(model: str, cache_dir: Path) -
 def test_later_tokens_change_nothing_before_them(
     model: str, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config, shape = models.narrow_config(model), Shape(2, 17)
+    config, shape = models.narrow_config(model), Workload(2, 17)
     path = weights.ensure(config, cache_dir, 0)
     before = reference.output(config, path, shape, 0)
     states = weights.hidden_states(config, shape, 0)
@@ -147,7 +149,7 @@ def test_rounding_grows_with_the_length_for_alibi_only(cache_dir: Path) -> None:
         config = models.narrow_config(model)
         path = weights.ensure(config, cache_dir, 0)
         for length in (16, 2048):
-            shape = Shape(1, length)
+            shape = Workload(1, length)
             found[model, length] = reference.rounding(
                 config, path, shape, 0, "float16", reference.output(config, path, shape, 0)
             )

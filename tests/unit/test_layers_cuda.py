@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from memladder import formats, models
-from memladder.case import Shape
-from memladder.engine import packed_layer, packing
-from memladder.engine.execute import Execution, arena_bytes
-from memladder.engine.plan import plan
+from memladder.core.case import Workload
+from memladder.engine.compile import layers
+from memladder.engine.packed import packed_layer
+from memladder.engine.program.plan import plan
+from memladder.engine.run.execute import Execution, arena_bytes
 from memladder.kernels import cuda, naive
 from memladder.models import LayerConfig
 from memladder.models.weights import hidden_states
@@ -28,7 +29,7 @@ DEVICE = torch.device("cpu" if cuda.INTERPRETED else "cuda")
 def output(
     config: LayerConfig,
     path: Path,
-    shape: Shape,
+    shape: Workload,
     activation: str,
     kernels: ModuleType,
     chunk: int = 128,
@@ -70,9 +71,10 @@ def test_the_layer(
 ) -> None:
     definition = models.definition(model)
     config = LayerConfig(model, definition.read(definition.NARROW))
-    path = packing.ensure(config, formats.get(weight), cache_dir, 0)
+    path = layers.ensure_packed(config, formats.get(weight), cache_dir, 0)
     found, expected = (
-        output(config, path, Shape.parse(shape), activation, kernels) for kernels in (cuda, naive)
+        output(config, path, Workload.parse(shape), activation, kernels)
+        for kernels in (cuda, naive)
     )
     assert found.isfinite().all()
     assert float((found - expected).norm() / expected.norm()) <= bound

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from memladder import formats
-from memladder.errors import FormatError
+from memladder.core.errors import FormatError
 from memladder.formats.base import Format, Quantised
 from memladder.kernels.layout import Layout
 from memladder.kernels.packed import PackedMatrix, matrix_bytes

@@ -3,13 +3,13 @@ import io
 import pytest
 from rich.console import Console
 
-from memladder.case import Case, Shape
-from memladder.measure.record import Status
-from memladder.sweep.live import Clock, SweepView, cell_text, duration
-from memladder.units import GIB, MIB
+from memladder.core.case import Case, Workload
+from memladder.core.record import Status
+from memladder.core.units import GIB, MIB
+from memladder.sweeps.live import Clock, SweepView, cell_text, duration
 from tests.unit import examples
 
-CASES = [Case("llama", "pytorch", shape, "cpu") for shape in (Shape(1, 1), Shape(32, 1))]
+CASES = [Case("llama", "pytorch", shape, "cpu") for shape in (Workload(1, 1), Workload(32, 1))]
 
 
 def test_cells_say_mib_or_the_status() -> None:
@@ -42,7 +42,9 @@ def test_the_view_shows_cases_statuses_and_warnings(terminal: bool) -> None:
         view.started(CASES[0])
         view.finished(examples.record(steady=(2000 * MIB,)), 3.0, resumed=False)
         view.started(CASES[1])
-        failed = examples.record(shape=Shape(32, 1), status=Status.FAILED, reason="it broke [red]")
+        failed = examples.record(
+            shape=Workload(32, 1), status=Status.FAILED, reason="it broke [red]"
+        )
         view.finished(failed, 3.0, resumed=False)
     text = out.getvalue()
     assert "2,000" in text

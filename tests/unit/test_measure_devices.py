@@ -2,10 +2,12 @@ import os
 
 import pytest
 
-from memladder.errors import DeviceError
-from memladder.measure import devices, doctor, environment
-from memladder.measure.devices import UNKNOWN, Device, DeviceProcess, Nvml
-from memladder.units import GIB, MIB
+from memladder.checks import doctor
+from memladder.core import devices
+from memladder.core.devices import UNKNOWN, Device, DeviceProcess, Nvml
+from memladder.core.errors import DeviceError
+from memladder.core.units import GIB, MIB
+from memladder.meter import environment
 from tests.fake_nvml import FakeNvml, Gpu
 
 A = "GPU-8932f937-d72c-4106-c12f-20bd9faed9f6"

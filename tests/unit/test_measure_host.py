@@ -3,9 +3,9 @@ from pathlib import Path
 
 import pytest
 
-from memladder.measure.host import HostMemory
-from memladder.measure.sampler import HostGuard
-from memladder.units import GIB, MIB
+from memladder.core.host import HostMemory
+from memladder.core.units import GIB, MIB
+from memladder.meter.outside.sampler import HostGuard
 
 
 def machine(root: Path, available_gib: int, cgroup: str = "") -> Path:

@@ -2,10 +2,12 @@ from pathlib import Path
 
 import pytest
 
-from memladder.case import Case, Shape
-from memladder.errors import UnavailableError
+from memladder.core.case import Case, Workload
+from memladder.core.errors import UnavailableError
+from memladder.core.record import Check
 from memladder.frameworks.base import Job, OutOfMemoryError
-from memladder.measure.protocol import (
+from memladder.meter.inside.worker import failure
+from memladder.meter.protocol import (
     Checked,
     Failure,
     Finished,
@@ -21,15 +23,13 @@ from memladder.measure.protocol import (
     encode,
     one_line,
 )
-from memladder.measure.record import Check
-from memladder.measure.worker import failure
 from memladder.models import LayerConfig
 
 MESSAGES: list[Message] = [
     PhaseStart("weights", 12),
     Hold(13),
     Finished(14, 3, {"dtype": "float16", "threads": 2}, {"weights": 5}),
-    Checked((Check("llama", Shape(1, 1), 1, 1e-3, 2e-3),), {}),
+    Checked((Check("llama", Workload(1, 1), 1, 1e-3, 2e-3),), {}),
     Failure(Kind.OOM, "no room", 5, None),
 ]
 
@@ -64,7 +64,7 @@ def test_anything_else_is_refused(line: bytes) -> None:
 
 
 def test_an_order_survives_the_pipe() -> None:
-    case = Case("llama", "pytorch", Shape(1, 4096), "cuda:1")
+    case = Case("llama", "pytorch", Workload(1, 4096), "cuda:1")
     job = Job(case, LayerConfig("llama", {"a": [1, {"b": None}]}), Path("cache"), 7)
     order = Order(Mode.MEASURE, "memladder.frameworks.pytorch", (JobText.of(job),), 2.0)
     again = decode_order(encode(order))

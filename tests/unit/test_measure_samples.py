@@ -1,10 +1,10 @@
 import pytest
 
-from memladder.errors import RecordError
-from memladder.measure.devices import UNKNOWN
-from memladder.measure.record import Source
-from memladder.measure.samples import MAX_TRACE, PageCount, Samples, Span
-from memladder.units import GIB, MIB
+from memladder.core.devices import UNKNOWN
+from memladder.core.errors import RecordError
+from memladder.core.record import Source
+from memladder.core.units import GIB, MIB
+from memladder.meter.outside.samples import MAX_TRACE, PageCount, Samples, Span
 
 MS = 1_000_000
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from memladder import models
-from memladder.errors import ConfigError, UsageError
+from memladder.core.errors import ConfigError, UsageError
 
 LLAMA = {
     "model_type": "llama",

@@ -11,9 +11,9 @@ import pytest
 import torch
 from onnx import TensorProto
 
-from memladder.engine.graph import convert, onnx_file
+from memladder.core.errors import GraphError
+from memladder.engine.frontend import convert, onnx_file
 from memladder.engine.graph.evaluate import evaluate
-from memladder.errors import GraphError
 from tests.unit.onnx_models import save
 
 IDENTITY = [("Identity", "x", "y")]

@@ -16,13 +16,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from memladder import formats, models
-from memladder.case import Shape
-from memladder.engine import packed_layer, packing
-from memladder.engine.compiler import layers
-from memladder.engine.compiler.layers import CompiledLayer
-from memladder.engine.packed_layer import Form
-from memladder.engine.plan import plan
-from memladder.errors import FormatError
+from memladder.core.case import Workload
+from memladder.core.errors import FormatError
+from memladder.engine.compile import layers
+from memladder.engine.compile.layers import CompiledLayer
+from memladder.engine.packed import packed_layer, packing
+from memladder.engine.packed.packed_layer import Form
+from memladder.engine.program.plan import plan
 
 CONFIG = models.LayerConfig(
     "bloom",
@@ -84,8 +84,8 @@ def test_a_packed_layer_comes_back(path: Path, compiled: CompiledLayer) -> None:
     assert str(layer.form.format) == "int4:zero_point=true"
     assert layer.form.others == {}
     assert layer.form.shape is None
-    assert plan(layer.form.program(Shape(1, 9))) == plan(
-        Form(compiled.fused, layer.form.format, {}).program(Shape(1, 9))
+    assert plan(layer.form.program(Workload(1, 9))) == plan(
+        Form(compiled.fused, layer.form.format, {}).program(Workload(1, 9))
     )
     assert set(layer.matrices) == {"query", "key", "value", "output", "up", "down"}
     # [heads, query key value, rows of a head]: 6 heads of 32 rows.
@@ -100,9 +100,9 @@ def test_a_packed_layer_comes_back(path: Path, compiled: CompiledLayer) -> None:
 
 
 def test_a_rewritten_file_is_still_good(path: Path) -> None:
-    before = packed_layer.load(path).form.program(Shape(2, 3))
+    before = packed_layer.load(path).form.program(Workload(2, 3))
     rewrite(path)
-    assert packed_layer.load(path).form.program(Shape(2, 3)) == before
+    assert packed_layer.load(path).form.program(Workload(2, 3)) == before
 
 
 DAMAGED_METADATA = [

@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-from memladder.case import FIGURE_MODELS, FIGURE_SHAPES, FIGURE_SYSTEMS, Case
-from memladder.report.published import published, rerun
+from memladder.core.case import FIGURE_MODELS, FIGURE_SHAPES, FIGURE_SYSTEMS, Case
+from memladder.paper.published import published, rerun
 
 FIGURE_IDS = {
     Case(model, system, shape, "cpu").id
@@ -66,7 +66,7 @@ def test_values_cannot_be_changed():
 
 def test_reading_them_needs_neither_numpy_nor_matplotlib():
     program = (
-        "import sys; from memladder.report.published import published; published(); "
+        "import sys; from memladder.paper.published import published; published(); "
         "sys.exit(bool({'numpy', 'matplotlib', 'torch'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

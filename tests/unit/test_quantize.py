@@ -20,10 +20,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from memladder import formats, models, quantizing
-from memladder.engine import checkpoint, packed_layer, packing
-from memladder.engine.compiler import layers
-from memladder.errors import MemladderError, UsageError
+from memladder import formats, models
+from memladder.cli import quantizing
+from memladder.core.errors import MemladderError, UsageError
+from memladder.engine.compile import layers
+from memladder.engine.packed import checkpoint, packed_layer, packing
 from memladder.formats.int8 import Int8
 from memladder.models import cache
 from tests.unit.command import Command, Done
@@ -447,7 +448,7 @@ def test_bad_positions_are_one_line(tmp_path: Path) -> None:
     # A process of its own: transformers would add lines of its own.
     config = {**LLAMA, "rope_scaling": {"rope_type": "linear", "factor": "x"}}
     write(tmp_path / "c", config, weights(LLAMA, "model.layers.0.", torch.float16))
-    code = "from memladder.cli import main; main()"
+    code = "from memladder.cli.main import main; main()"
     process = start(code, "quantize", tmp_path / "c", "--out", tmp_path / "out")
     printed, said = process.communicate(timeout=120)
     assert (process.returncode, printed, said.count("\n")) == (2, "", 1)
@@ -480,9 +481,9 @@ def test_nothing_is_overwritten(memladder: Command, bloom: Path) -> None:
 
 def on_reading(monkeypatch: pytest.MonkeyPatch, action: Callable[[], object]) -> None:
     """Do something when the third block is read: the file is half-written then."""
-    real = checkpoint.Layer.rows
+    real = checkpoint.CheckpointLayer.rows
 
-    def rows(self: checkpoint.Layer) -> packing.Rows:
+    def rows(self: checkpoint.CheckpointLayer) -> packing.Rows:
         calls = 0
 
         def read(name: str, start: int, stop: int) -> Tensor:
@@ -495,7 +496,7 @@ def on_reading(monkeypatch: pytest.MonkeyPatch, action: Callable[[], object]) ->
 
         return read
 
-    monkeypatch.setattr(checkpoint.Layer, "rows", rows)
+    monkeypatch.setattr(checkpoint.CheckpointLayer, "rows", rows)
 
 
 def test_another_process_that_was_quicker_is_not_overwritten(
@@ -604,9 +605,14 @@ def peak(code: str, *arguments: str | Path) -> int:
 def test_memory_stays_below_the_result_and_256_mib(large: Path, tmp_path: Path) -> None:
     modules = "checkpoint, packed_layer, packing"
     before = peak(
-        f"from memladder import formats, quantizing; from memladder.engine import {modules}"
+        "from memladder import formats; from memladder.cli import quantizing; "
+        f"from memladder.engine.packed import {modules}"
     )
-    code = "from memladder.cli import main\ntry: main()\nexcept SystemExit as e: assert not e.code"
+    code = (
+        "from memladder.cli.main import main\n"
+        "try: main()\n"
+        "except SystemExit as e: assert not e.code"
+    )
     whole = peak(code, "quantize", large, "--format", "int1", "--out", tmp_path)
     result = (tmp_path / "bloom-layer0-int1.safetensors").stat().st_size
     assert (large / SAFETENSORS).stat().st_size > result + (256 << 20)
@@ -615,7 +621,7 @@ def test_memory_stays_below_the_result_and_256_mib(large: Path, tmp_path: Path) 
 
 def test_a_signal_to_a_real_process_leaves_nothing(large: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    process = start("from memladder.cli import main; main()", "quantize", large, "--out", out)
+    process = start("from memladder.cli.main import main; main()", "quantize", large, "--out", out)
     until = time.monotonic() + 60
     while not list(out.glob(".*.part")):
         assert process.poll() is None

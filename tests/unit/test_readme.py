@@ -4,11 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from memladder.case import FIGURE_MODELS, FIGURE_SHAPES, Case, Shape
-from memladder.measure.record import Status
-from memladder.report import floor, published
-from memladder.sweep import store
-from memladder.units import mib
+from memladder.core.case import FIGURE_MODELS, FIGURE_SHAPES, Case, Workload
+from memladder.core.record import Status
+from memladder.core.units import mib
+from memladder.paper import published
+from memladder.reports import floor
+from memladder.sweeps import store
 
 ROOT = Path(__file__).parents[2]
 
@@ -75,7 +76,7 @@ def test_the_floor_pages_are_what_was_measured(name: str, device: str) -> None:
 @pytest.mark.parametrize("model", FIGURE_MODELS)
 @pytest.mark.parametrize("shape", FIGURE_SHAPES)
 def test_the_page_of_frameworks_has_tensorrt_as_planned_logged_and_published(
-    model: str, shape: Shape
+    model: str, shape: Workload
 ) -> None:
     records = {record.case: record for record in store.read(ROOT / "results/h100.json").records}
     case = Case(model, "tensorrt", shape, "cpu")

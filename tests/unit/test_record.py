@@ -5,16 +5,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memladder.errors import RecordError
-from memladder.frameworks.base import Plan
-from memladder.measure.record import (
-    Status,
-    dumps,
-    loads_record,
-    loads_verification,
-    weights_fit,
-)
-from memladder.units import MIB
+from memladder.core.errors import RecordError
+from memladder.core.plan import CompilerPlan
+from memladder.core.record import Status, dumps, loads_record, loads_verification, weights_fit
+from memladder.core.units import MIB
 from tests.unit import examples
 
 
@@ -66,7 +60,9 @@ def test_only_measured_carries_bytes(status: Status) -> None:
 
 
 def test_a_plan_is_there_where_it_is_planned_and_its_sum_is_what_is_asked_for() -> None:
-    plan = Plan("GPU", "compiler 1", {"weights": 1000, "activations": 20}, {"cuda_context": 3})
+    plan = CompilerPlan(
+        "GPU", "compiler 1", {"weights": 1000, "activations": 20}, {"cuda_context": 3}
+    )
     planned = {"status": Status.PLANNED, "reason": "no GPU", "runs": (), "plan": plan}
     record = examples.record(**planned, asked_bytes=1023)
     assert loads_record(dumps(record)) == record

@@ -10,12 +10,12 @@ import pytest
 from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 
-from memladder.case import FIGURE_MODELS, FIGURE_SHAPES, FIGURE_SYSTEMS, Case, Shape
-from memladder.errors import UsageError
-from memladder.measure.record import Status
-from memladder.report import figure, style
-from memladder.report.cells import Cell
-from memladder.report.published import published
+from memladder.core.case import FIGURE_MODELS, FIGURE_SHAPES, FIGURE_SYSTEMS, Case, Workload
+from memladder.core.errors import UsageError
+from memladder.core.record import Status
+from memladder.paper.published import published
+from memladder.reports import figure, style
+from memladder.reports.cells import Cell
 
 KEYS = list(itertools.product(FIGURE_MODELS, FIGURE_SYSTEMS, FIGURE_SHAPES))
 DEVICE = "NVIDIA H100 80GB HBM3, driver 570.86.15"
@@ -39,11 +39,11 @@ def cpu_only():
 
 def everything():
     cells = measured(0.8)
-    cells["bloom", "onnxruntime", Shape(1, 4096)] = Cell(
+    cells["bloom", "onnxruntime", Workload(1, 4096)] = Cell(
         None, Status.OOM, "out of memory, asked for 24.0 GiB"
     )
-    cells["bloom", "vllm", Shape(1, 4096)] = Cell(None, Status.TIMEOUT, "timeout")
-    cells["bloom", "vllm", Shape(32, 1)] = Cell(None, Status.FAILED, "failed")
+    cells["bloom", "vllm", Workload(1, 4096)] = Cell(None, Status.TIMEOUT, "timeout")
+    cells["bloom", "vllm", Workload(32, 1)] = Cell(None, Status.FAILED, "failed")
     for model, shape in itertools.product(FIGURE_MODELS, FIGURE_SHAPES):
         key = (model, "tensorrt", shape)
         cells[key] = Cell(value_of(key) * 0.6, Status.PLANNED, "planned")
@@ -57,9 +57,9 @@ def everything():
 
 def custom_config():
     return {
-        ("llama", "pytorch", Shape(1, 1)): Cell(73.25, Status.MEASURED),
-        ("llama", "pytorch", Shape(8, 128)): Cell(0.75, Status.MEASURED),
-        ("llama", "onnxruntime", Shape(8, 128)): Cell(None, Status.OOM, "out of memory"),
+        ("llama", "pytorch", Workload(1, 1)): Cell(73.25, Status.MEASURED),
+        ("llama", "pytorch", Workload(8, 128)): Cell(0.75, Status.MEASURED),
+        ("llama", "onnxruntime", Workload(8, 128)): Cell(None, Status.OOM, "out of memory"),
     }
 
 
@@ -81,13 +81,13 @@ FIGURES = {
     ),
     "tiny and huge": lambda: figure.measured_figure(
         {
-            ("llama", "pytorch", Shape(1, 1)): Cell(0.004, Status.MEASURED),
-            ("bloom", "pytorch", Shape(64, 4096)): Cell(2_345_678.0, Status.PLANNED, "planned"),
+            ("llama", "pytorch", Workload(1, 1)): Cell(0.004, Status.MEASURED),
+            ("bloom", "pytorch", Workload(64, 4096)): Cell(2_345_678.0, Status.PLANNED, "planned"),
         },
         device_label=DEVICE,
     ),
     "nothing measured": lambda: figure.measured_figure(
-        {("llama", "pytorch", Shape(1, 1)): Cell(None, Status.FAILED, "failed")},
+        {("llama", "pytorch", Workload(1, 1)): Cell(None, Status.FAILED, "failed")},
         device_label=DEVICE,
         custom=True,
     ),
@@ -186,7 +186,7 @@ def test_what_did_not_run_is_named_and_a_custom_layer_is_not_compared():
 
 
 def test_models_and_shapes_of_the_paper_are_always_there_unless_custom():
-    cells = {("mixtral", "sglang", Shape(2, 2)): Cell(900.0, Status.MEASURED)}
+    cells = {("mixtral", "sglang", Workload(2, 2)): Cell(900.0, Status.MEASURED)}
     drawn = figure.measured_figure(cells, device_label=DEVICE)
     assert [axes.get_title(loc="left") for axes in drawn.axes] == ["LLAMA", "BLOOM", "mixtral"]
     headings = [t.get_text() for t in drawn.axes[2].texts if t.get_text().startswith("batch")]
@@ -280,7 +280,7 @@ def test_a_folder_that_takes_no_file_is_one_line(tmp_path):
 def test_what_cannot_be_drawn_is_refused():
     with pytest.raises(UsageError, match="no records"):
         figure.measured_figure({}, device_label=DEVICE)
-    many = {("llama", "pytorch", Shape(n, 1)): Cell(1.0, Status.MEASURED) for n in range(1, 70)}
+    many = {("llama", "pytorch", Workload(n, 1)): Cell(1.0, Status.MEASURED) for n in range(1, 70)}
     with pytest.raises(UsageError, match="69 shapes are too many"):
         figure.measured_figure(many, device_label=DEVICE, custom=True)
 
@@ -301,7 +301,7 @@ def test_a_failure_never_becomes_a_number(value, status, note):
 
 def test_drawing_needs_neither_pyplot_nor_torch():
     program = (
-        "import sys; from memladder.report import figure; figure.published_figure(); "
+        "import sys; from memladder.reports import figure; figure.published_figure(); "
         "sys.exit(bool({'matplotlib.pyplot', 'torch', 'psutil', 'pynvml'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

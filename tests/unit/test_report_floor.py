@@ -7,10 +7,10 @@ import dataclasses
 import pytest
 
 from memladder import models
-from memladder.case import Shape
-from memladder.measure.record import PHASES, LayerFacts, Record
-from memladder.report import floor
-from memladder.units import MIB
+from memladder.core.case import Workload
+from memladder.core.record import PHASES, LayerFacts, Record
+from memladder.core.units import MIB
+from memladder.reports import floor
 from tests.unit import examples
 
 CONTEXT = 254
@@ -32,7 +32,7 @@ def record(steady: int, loading: int) -> Record:
     return dataclasses.replace(
         examples.record(
             framework="ladder_fp16_int4",
-            shape=Shape(1, 1),
+            shape=Workload(1, 1),
             device="cuda:0",
             settings={"weight_format": "int4"},
         ),

@@ -7,10 +7,10 @@ from dataclasses import fields, replace
 
 import pytest
 
-from memladder.case import Case, Shape
-from memladder.errors import UsageError
-from memladder.frameworks.base import Plan
-from memladder.measure.record import (
+from memladder.core.case import Case, Workload
+from memladder.core.errors import UsageError
+from memladder.core.plan import CompilerPlan
+from memladder.core.record import (
     Check,
     Environment,
     LayerFacts,
@@ -23,17 +23,11 @@ from memladder.measure.record import (
     StructureCheck,
     Verification,
 )
-from memladder.report import table
-from memladder.report.cells import (
-    Cell,
-    cells_from,
-    device_label,
-    ensure_one_machine,
-    notes_from,
-)
-from memladder.units import GIB, MIB
+from memladder.core.units import GIB, MIB
+from memladder.reports import table
+from memladder.reports.cells import Cell, cells_from, device_label, ensure_one_machine, notes_from
 
-ONE = Shape(1, 1)
+ONE = Workload(1, 1)
 MACHINE = Machine(
     device="NVIDIA H100 80GB HBM3",
     device_memory_bytes=80 * GIB,
@@ -76,7 +70,7 @@ def record(framework="pytorch", status=Status.MEASURED, model="llama", shape=ONE
 
 def planned(gib, framework="tensorrt", **changes):
     parts, assumed = {"weights": (gib - 1) * GIB}, {"cuda_context": GIB}
-    plan = Plan("NVIDIA A100", "TensorRT-RTX 1.7", parts, assumed)
+    plan = CompilerPlan("NVIDIA A100", "TensorRT-RTX 1.7", parts, assumed)
     return record(
         framework, Status.PLANNED, asked_bytes=gib * GIB, settings={}, plan=plan, **changes
     )
@@ -252,7 +246,7 @@ def test_notes_say_how_and_when():
 
 def test_rows():
     measured = record(runs=(run(2000, 4000), run(2100), run(1900)))
-    failed = record("vllm", Status.OOM, shape=Shape(1, 4096), asked_bytes=3 * MIB // 2)
+    failed = record("vllm", Status.OOM, shape=Workload(1, 4096), asked_bytes=3 * MIB // 2)
     first, second = table.rows([measured, failed])
     assert first == table.Row(
         id="llama_pytorch_1_1",
@@ -312,7 +306,7 @@ def test_markdown_is_one_line_a_row_and_shows_text_as_it_is():
 def test_report_page():
     records = [
         record(settings={"dtype": "float16", "mode": "default"}),
-        record(shape=Shape(32, 1), settings={"dtype": "float16", "mode": "max"}),
+        record(shape=Workload(32, 1), settings={"dtype": "float16", "mode": "max"}),
         record("vllm", Status.UNAVAILABLE, settings={}),
     ]
     page = table.to_markdown_report(records, [verification(error=2.5e-4), verification("x", 0.5)])

@@ -3,12 +3,12 @@ from pathlib import Path
 
 import pytest
 
-from memladder.case import Shape
-from memladder.errors import LockedError, UsageError
-from memladder.frameworks.base import Plan
-from memladder.measure.record import Status, dumps
-from memladder.sweep import store
-from memladder.sweep.store import Store
+from memladder.core.case import Workload
+from memladder.core.errors import LockedError, UsageError
+from memladder.core.plan import CompilerPlan
+from memladder.core.record import Status, dumps
+from memladder.sweeps import store
+from memladder.sweeps.store import Store
 from tests.unit import examples
 
 
@@ -83,7 +83,7 @@ def test_an_unwritable_folder_is_one_line(tmp_path: Path) -> None:
 def test_results_files_merge_by_case(tmp_path: Path) -> None:
     path = tmp_path / "results" / "h100.json"
     old = examples.record(steady=(1,))
-    other = examples.record(shape=Shape(32, 1))
+    other = examples.record(shape=Workload(32, 1))
     store.merge_results(path, [old, other], [examples.verification()])
     new = examples.record(steady=(2,))
     store.merge_results(path, [new], [])
@@ -115,7 +115,7 @@ def test_a_foreign_results_file_is_one_line(tmp_path: Path, text: str) -> None:
 def test_a_plan_replaces_the_same_plan_made_elsewhere(tmp_path: Path) -> None:
     results = tmp_path / "h100.json"
     for device, size in (("cpu", 10), ("cuda:0", 20)):
-        plan = Plan("NVIDIA A100", "compiler 1", {"weights": size}, {})
+        plan = CompilerPlan("NVIDIA A100", "compiler 1", {"weights": size}, {})
         planned = examples.record(
             device=device,
             framework="tensorrt",

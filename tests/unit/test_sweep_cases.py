@@ -1,8 +1,8 @@
 import pytest
 
-from memladder.case import FIGURE_SYSTEMS, Shape
-from memladder.errors import UsageError
-from memladder.sweep import cases
+from memladder.core.case import FIGURE_SYSTEMS, Workload
+from memladder.core.errors import UsageError
+from memladder.sweeps import cases
 
 
 def test_defaults_are_the_figure() -> None:
@@ -20,7 +20,7 @@ def test_the_smallest_shape_comes_first() -> None:
 
 def test_names_and_shapes_are_read_once_each() -> None:
     assert cases.parse_models("bloom, llama,bloom") == ("bloom", "llama")
-    assert cases.parse_shapes("1x1,1X1") == (Shape(1, 1),)
+    assert cases.parse_shapes("1x1,1X1") == (Workload(1, 1),)
 
 
 @pytest.mark.parametrize("text", ["gpt5", "llama,", "", "llama;bloom"])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from memladder.errors import CacheError
+from memladder.core.errors import CacheError
 from memladder.kernels.cuda import tuning
 
 

@@ -13,12 +13,12 @@ import torch
 from torch import nn
 
 from memladder import frameworks, models
-from memladder.case import FIGURE_SHAPES, Case, Shape
-from memladder.errors import UnavailableError
+from memladder.core.case import FIGURE_SHAPES, Case, Workload
+from memladder.core.errors import UnavailableError
+from memladder.core.units import KIB, MIB, mib
 from memladder.frameworks import vllm, vllm_engine
 from memladder.frameworks.base import Job, packed_bytes
 from memladder.models import LayerConfig
-from memladder.units import KIB, MIB, mib
 
 
 @pytest.mark.parametrize(
@@ -51,19 +51,19 @@ def test_a_shorter_last_group_has_a_scale_too() -> None:
     ("shape", "blocks"),
     # 16 tokens a block, one block for padding
     [
-        (Shape(1, 1), 2),
-        (Shape(32, 1), 33),
-        (Shape(1, 4096), 257),
-        (Shape(1, 16), 2),
-        (Shape(3, 17), 7),
+        (Workload(1, 1), 2),
+        (Workload(32, 1), 33),
+        (Workload(1, 4096), 257),
+        (Workload(1, 16), 2),
+        (Workload(3, 17), 7),
     ],
 )
-def test_the_cache_holds_the_case_and_no_more(shape: Shape, blocks: int) -> None:
+def test_the_cache_holds_the_case_and_no_more(shape: Workload, blocks: int) -> None:
     assert vllm_engine.kv_blocks(shape) == blocks
 
 
 def test_the_cache_is_counted_in_bytes() -> None:
-    shape = Shape(1, 4096)
+    shape = Workload(1, 4096)
     # 2 · 4096 tokens · 8 heads · 128 · 2 bytes are 16 MiB, BLOOM's 112 heads 224 MiB.
     for model, whole, block in (("llama", 16 * MIB, 64 * KIB), ("bloom", 224 * MIB, 896 * KIB)):
         arguments = vllm_engine.engine_arguments(models.layer_config(model), "fp16", shape)
@@ -71,7 +71,7 @@ def test_the_cache_is_counted_in_bytes() -> None:
 
 
 @pytest.mark.parametrize("shape", FIGURE_SHAPES, ids=str)
-def test_one_step_takes_the_batch_and_a_long_prompt_comes_in_parts(shape: Shape) -> None:
+def test_one_step_takes_the_batch_and_a_long_prompt_comes_in_parts(shape: Workload) -> None:
     arguments = vllm_engine.engine_arguments(models.layer_config("llama"), "fp16", shape)
     assert arguments["max_num_batched_tokens"] == {1: 1, 32: 32, 4096: 512}[shape.tokens]
     assert arguments["max_num_seqs"] == shape.batch_size
@@ -79,7 +79,7 @@ def test_one_step_takes_the_batch_and_a_long_prompt_comes_in_parts(shape: Shape)
 
 
 def test_bloom_gets_a_backend_that_has_alibi() -> None:
-    shape = Shape(1, 1)
+    shape = Workload(1, 1)
     bloom = vllm_engine.engine_arguments(models.layer_config("bloom"), "fp16", shape)
     llama = vllm_engine.engine_arguments(models.layer_config("llama"), "fp16", shape)
     assert bloom["attention_config"] == {"backend": "TRITON_ATTN"}
@@ -91,7 +91,7 @@ def test_bloom_gets_a_backend_that_has_alibi() -> None:
 )
 def test_the_model_is_the_layer_alone(model: str, variant: str, tmp_path: Path) -> None:
     framework = frameworks.get(variant)
-    case = Case(model, variant, Shape(1, 4096), "cuda:0")
+    case = Case(model, variant, Workload(1, 4096), "cuda:0")
     job = Job(case, models.layer_config(model), tmp_path)
     framework.prepare(job)
     (path,) = tmp_path.rglob("config.json")

@@ -15,8 +15,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from memladder import models
-from memladder.case import Shape
-from memladder.errors import CacheError
+from memladder.core.case import Workload
+from memladder.core.errors import CacheError
 from memladder.models import cache, weights
 
 
@@ -63,7 +63,7 @@ def test_no_two_stretches_are_alike(tmp_path: Path) -> None:
     stretches = {tensor.reshape(-1)[:64].tobytes() for tensor in values.values()}
     assert len(stretches) == len(values)
     config = models.narrow_config("bloom")
-    long = weights.hidden_states(config, Shape(1, 4096), 0).reshape(-1)
+    long = weights.hidden_states(config, Workload(1, 4096), 0).reshape(-1)
     chunk = 1 << 20
     assert not np.array_equal(long[:64], long[chunk : chunk + 64])
 
@@ -82,13 +82,13 @@ def test_the_same_seed_is_the_same_file_on_any_number_of_cores(
 
 def test_hidden_states_are_standard_normal_and_seeded() -> None:
     config = models.narrow_config("llama")
-    states = weights.hidden_states(config, Shape(2, 4096), 0)
+    states = weights.hidden_states(config, Workload(2, 4096), 0)
     assert states.shape == (2, 4096, 256)
     assert states.dtype == np.float16
     assert states.astype(np.float64).mean() == pytest.approx(0, abs=0.005)
     assert states.astype(np.float64).std() == pytest.approx(1, rel=0.005)
-    assert np.array_equal(states, weights.hidden_states(config, Shape(2, 4096), 0))
-    assert not np.array_equal(states, weights.hidden_states(config, Shape(2, 4096), 1))
+    assert np.array_equal(states, weights.hidden_states(config, Workload(2, 4096), 0))
+    assert not np.array_equal(states, weights.hidden_states(config, Workload(2, 4096), 1))
 
 
 def test_it_is_made_once_and_tells_its_progress(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """The engine: a layer's weights packed in a number format, its program, the plan of its memory, and
 its execution, which allocates nothing.
 
-    ONNX ──▶ graph ──▶ compiler ──▶ fused layer ──▶ program ──▶ plan (one arena) ┐
-    checkpoint, weights ──▶ packing ──▶ packed layer ────────────────────────────┴──▶ execute
+    ONNX ──▶ frontend ──▶ graph ──▶ compile ──▶ program ──▶ plan (one arena) ┐
+    checkpoint, weights ──▶ packed ──▶ packed layer ─────────────────────────┴──▶ run
 """

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 
-from memladder import frameworks, serial
+from memladder import frameworks
+from memladder.core import serial
 from memladder.environments.interpreter import Interpreter, chosen, source_folder
 from memladder.environments.probe import package_versions
 from memladder.frameworks.base import Availability, Framework

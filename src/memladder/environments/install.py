@@ -17,12 +17,13 @@ from pathlib import Path
 
 import filelock
 
-from memladder import frameworks, serial
+from memladder import frameworks
+from memladder.core import serial
+from memladder.core.errors import LockedError, UsageError
+from memladder.core.files import writable_folder, write_atomic
 from memladder.environments import interpreter, sources
 from memladder.environments.ask import Answer, ask
 from memladder.environments.interpreter import Given, Interpreter, Made
-from memladder.errors import LockedError, UsageError
-from memladder.files import writable_folder, write_atomic
 
 _REQUIREMENTS = Path(frameworks.__file__).with_name("requirements")
 _INSTALLED = (

@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from memladder import serial
-from memladder.errors import UsageError
-from memladder.files import writable_folder
+from memladder.core import serial
+from memladder.core.errors import UsageError
+from memladder.core.files import writable_folder
 from memladder.models.cache import default_dir
 
 MADE_FILE = "memladder.json"

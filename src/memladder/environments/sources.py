@@ -8,7 +8,7 @@ import subprocess
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from memladder.errors import UsageError
+from memladder.core.errors import UsageError
 
 # Options that have the same name in pip's configuration and on uv's command line.
 _LISTS = ("index-url", "extra-index-url", "find-links", "constraint", "trusted-host")

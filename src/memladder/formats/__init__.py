@@ -14,7 +14,7 @@ import importlib
 import pkgutil
 from typing import TYPE_CHECKING
 
-from memladder.errors import FormatError
+from memladder.core.errors import FormatError
 
 if TYPE_CHECKING:
     from memladder.formats.base import Format

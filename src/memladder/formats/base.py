@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from memladder.errors import FormatError
+from memladder.core.errors import FormatError
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from memladder.errors import FormatError
+from memladder.core.errors import FormatError
 from memladder.formats.base import Format, Quantised
 
 

@@ -12,14 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from memladder.formats.base import (
-    GroupedFormat,
-    Quantised,
-    absmax,
-    grouped,
-    half,
-    ungrouped,
-)
+from memladder.formats.base import GroupedFormat, Quantised, absmax, grouped, half, ungrouped
 
 
 @dataclass(frozen=True)

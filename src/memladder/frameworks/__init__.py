@@ -14,7 +14,7 @@ import importlib
 import pkgutil
 from collections.abc import Mapping
 
-from memladder.errors import UsageError
+from memladder.core.errors import UsageError
 from memladder.frameworks.base import Framework
 
 _NOT_FRAMEWORKS = {"base", "tensorrt_build", "torch_common", "torch_quantised", "vllm_engine"}

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from memladder.case import Case
+from memladder.core.case import Case
+from memladder.core.plan import CompilerPlan
 from memladder.models import LayerConfig, parameters, tensor_shapes
 
 if TYPE_CHECKING:
@@ -31,25 +32,6 @@ class Availability:
     reason: str | None = None
     install: str | None = None
     plans: bool = False
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a compiler's own result will take on `target`, where it did not run.
-
-    `parts` are bytes that the compiler tells, or that follow from shapes; `assumed` are bytes that
-    it can't know, such as the target's CUDA context.
-    """
-
-    target: str
-    compiler: str
-    parts: Mapping[str, int]
-    assumed: Mapping[str, int]
-
-    @property
-    def nbytes(self) -> int:
-        """All of it."""
-        return sum(self.parts.values()) + sum(self.assumed.values())
 
 
 @dataclass(frozen=True)
@@ -193,7 +175,7 @@ class Framework(ABC):
         """
         return 2 * parameters(job.config)
 
-    def plan(self, job: Job) -> tuple[Plan, Mapping[str, Setting]]:
+    def plan(self, job: Job) -> tuple[CompilerPlan, Mapping[str, Setting]]:
         """Compile the job for another device, and what is needed to repeat that.
 
         For frameworks whose availability says `plans`. Runs in a process of its own; `weights` is

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from memladder import formats
-from memladder.case import FIGURE_SYSTEMS, Case
+from memladder.core.case import FIGURE_SYSTEMS, Case
 from memladder.frameworks.base import Availability, Framework, Job, Session, Setting
 from memladder.frameworks.torch_common import (
     compute_capability,
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    from memladder.engine.packed_layer import PackedLayer
+    from memladder.engine.packed.packed_layer import PackedLayer
     from memladder.formats.base import Format
 
 _INSTALL = {
@@ -96,9 +96,9 @@ class Ladder(Framework):
 
     def prepare(self, job: Job) -> None:
         """The packed layer, and before it the layer compiled from ONNX, for all shapes."""
-        from memladder.engine import packing
+        from memladder.engine.compile import layers
 
-        packing.ensure(job.config, formats.get(self.weight), job.cache_dir, job.seed)
+        layers.ensure_packed(job.config, formats.get(self.weight), job.cache_dir, job.seed)
 
     def makes(self, job: Job) -> str:
         """The same for all shapes."""
@@ -106,18 +106,18 @@ class Ladder(Framework):
 
     def weight_bytes(self, job: Job) -> int:
         """All tensors of the packed layer."""
-        from memladder.engine.compiler import layers
-        from memladder.engine.packed_layer import Form
+        from memladder.engine.compile import layers
+        from memladder.engine.packed.packed_layer import Form
 
         fused = layers.ensure(job.config, job.cache_dir).fused
         return Form(fused, formats.get(self.weight), {}).nbytes
 
     def reference(self, job: Job) -> np.ndarray | None:
         """The layer in fp32 on the dequantised weights, activations rounded alike."""
-        from memladder.engine import packed_layer, packing, reference
-        from memladder.engine.compiler import layers
+        from memladder.engine.compile import layers
+        from memladder.engine.packed import packed_layer, reference
 
-        path = packing.ensure(job.config, formats.get(self.weight), job.cache_dir, job.seed)
+        path = layers.ensure_packed(job.config, formats.get(self.weight), job.cache_dir, job.seed)
         return reference.output(
             job.config,
             packed_layer.load(path),
@@ -153,12 +153,15 @@ class _Session(Session):
         os.environ.setdefault("TRITON_CACHE_DIR", str(job.cache_dir / "triton"))
         import torch
 
-        from memladder.engine import driver, execute, packed_layer, packing, plan
+        from memladder.engine.compile import layers
+        from memladder.engine.packed import packed_layer
+        from memladder.engine.program import plan
+        from memladder.engine.run import driver, execute
 
         self._torch, self._driver = torch, driver
         self._device = torch.device(job.case.device)
         self._execute, self._plan = execute, plan
-        self._packing, self._packed_layer = packing, packed_layer
+        self._layers, self._packed_layer = layers, packed_layer
         kernels = "cuda" if self._on_cuda else "naive"
         self._kernels = importlib.import_module(f"memladder.kernels.{kernels}")
         self._variant = variant
@@ -178,7 +181,7 @@ class _Session(Session):
         """Map the packed layer. On the CPU its pages come in when the first pass reads them; on
         CUDA it is copied into one block."""
         job = self.job
-        path = self._packing.ensure(job.config, self._weight, job.cache_dir, job.seed)
+        path = self._layers.ensure_packed(job.config, self._weight, job.cache_dir, job.seed)
         self._layer: PackedLayer = self._packed_layer.load(path)
         if self._on_cuda:
             block = self._empty(self._packed_layer.device_bytes(self._layer))
@@ -201,7 +204,7 @@ class _Session(Session):
             self._states = self._torch.zeros(self._execution.input.shape, dtype=self._torch.float16)
             self._execution.input.copy_(self._states)
             with memory_errors():
-                self._graph = self._driver.Graph(self._execution.run, self._device)
+                self._graph = self._driver.CudaGraph(self._execution.run, self._device)
             fill_hidden_states(self._states.numpy(), job.seed)
 
     def _empty(self, size: int) -> Tensor:
@@ -227,7 +230,7 @@ class _Session(Session):
 
     def settings(self) -> Mapping[str, Setting]:
         """Formats, the arena, and the kernels that ran."""
-        from memladder.engine.compiler.builder import CHUNK
+        from memladder.engine.program.builder import CHUNK
         from memladder.models import onnx_export, parameters
 
         on_device = (

@@ -12,14 +12,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from memladder.case import Case
-from memladder.frameworks.base import (
-    Availability,
-    Framework,
-    Job,
-    Session,
-    Setting,
-)
+from memladder.core.case import Case
+from memladder.frameworks.base import Availability, Framework, Job, Session, Setting
 from memladder.frameworks.torch_common import cuda_build, memory_errors
 from memladder.models import weights
 
@@ -27,7 +21,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    from memladder.models.layer import Layer
+    from memladder.models.layer import Block
 
 _INSTALL = "pip install 'memladder[pytorch]'"
 _NEEDED = ("torch", "transformers", "safetensors")
@@ -119,7 +113,7 @@ class InductorSession(Session):
         """What the layer computes in, and why."""
         return layer_dtype(self._device)
 
-    def place(self, path: Path) -> Layer:
+    def place(self, path: Path) -> Block:
         """The layer of a weights' file, on the device."""
         return self._load(self.job.config, path, self.job.case.shape, self._dtype, self._device)
 

@@ -18,19 +18,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from memladder.core.plan import CompilerPlan
+from memladder.core.units import MIB
 from memladder.frameworks.base import (
     Availability,
     Framework,
     Job,
     OutOfMemoryError,
-    Plan,
     Session,
     Setting,
 )
 from memladder.frameworks.tensorrt_build import RTX, TENSORRT, build, load, logger
 from memladder.frameworks.torch_common import compute_capability, installed
 from memladder.models import cache, onnx_export, weights
-from memladder.units import MIB
 
 if TYPE_CHECKING:
     import numpy as np
@@ -99,7 +99,7 @@ class TensorRT(Framework):
                 with cache.replacing(path) as part, part.open("wb") as file:
                     build(load(name), graph, None, file)
 
-    def plan(self, job: Job) -> tuple[Plan, Mapping[str, Setting]]:
+    def plan(self, job: Job) -> tuple[CompilerPlan, Mapping[str, Setting]]:
         """The real engine for the target, built and thrown away."""
         graph = onnx_export.ensure(job.config, job.cache_dir, job.case.shape, job.seed)
         name = _module_name(job.case.device)
@@ -120,7 +120,7 @@ class TensorRT(Framework):
             "engine_bytes": built.engine_bytes,
             "assumed_context": "rerun log, A100-80GB, TensorRT's process before its engine",
         }
-        return Plan(_TARGET, compiler, parts, {"cuda_context": _CONTEXT_BYTES}), settings
+        return CompilerPlan(_TARGET, compiler, parts, {"cuda_context": _CONTEXT_BYTES}), settings
 
     def tolerance(self, device: str) -> float:
         """Four unit roundoffs of float16 (2^-11), as for ONNX Runtime on the same graph."""

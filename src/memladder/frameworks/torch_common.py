@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from memladder.core.units import GIB, KIB, MIB
 from memladder.frameworks.base import OutOfMemoryError
-from memladder.units import GIB, KIB, MIB
 
 _UNITS = {"bytes": 1, "kib": KIB, "mib": MIB, "gib": GIB}
 _ASKED = re.compile(r"tried to allocate ([\d.]+) (bytes|KiB|MiB|GiB)", re.IGNORECASE)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from memladder.models.layer import Layer
+    from memladder.models.layer import Block
 
 _VECTOR_ITEM_BYTES = 2
 _GROUP_SIZES = (128, 64, 32)
@@ -116,7 +116,7 @@ class _Session(InductorSession):
         """As the package takes it."""
         return self._framework.dtype(self._device)
 
-    def place(self, path: Path) -> Layer:
+    def place(self, path: Path) -> Block:
         """Each module's parameters to the device; a linear layer is quantised at once."""
         from safetensors import safe_open
 

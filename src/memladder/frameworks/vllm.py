@@ -17,9 +17,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from memladder.case import FIGURE_SYSTEMS, Case
-from memladder.errors import UnavailableError
-from memladder.files import write_atomic
+from memladder.core.case import FIGURE_SYSTEMS, Case
+from memladder.core.errors import UnavailableError
+from memladder.core.files import write_atomic
 from memladder.frameworks import vllm_engine
 from memladder.frameworks.base import (
     Availability,

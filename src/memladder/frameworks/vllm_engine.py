@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from memladder.case import Shape
-from memladder.errors import UnavailableError
+from memladder.core.case import Workload
+from memladder.core.errors import UnavailableError
 from memladder.models import LayerConfig, tensor_shapes
 
 # Embeddings are padded to a multiple of this many tokens: fewer would take no less memory.
@@ -24,7 +24,7 @@ _ATTENTION = {"llama": None, "bloom": "TRITON_ATTN"}
 _GROUP_SIZES = (128, 64)
 
 
-def model_config(config: LayerConfig, weight: str, shape: Shape) -> dict[str, Any]:
+def model_config(config: LayerConfig, weight: str, shape: Workload) -> dict[str, Any]:
     """A `config.json` of a model with this layer alone, for sequences of the shape and one more.
 
     With tied embeddings there is one table of `VOCABULARY` rows, and no head.
@@ -86,7 +86,7 @@ def _int4(size: int) -> dict[str, Any]:
     }
 
 
-def engine_arguments(config: LayerConfig, weight: str, shape: Shape) -> dict[str, Any]:
+def engine_arguments(config: LayerConfig, weight: str, shape: Workload) -> dict[str, Any]:
     """What `vllm.LLM` is told: low memory, and a KV cache of this case's tokens and no more.
 
     With `kv_cache_memory_bytes` the engine sizes nothing by `gpu_memory_utilization`, and still
@@ -117,7 +117,7 @@ def engine_arguments(config: LayerConfig, weight: str, shape: Shape) -> dict[str
     return found
 
 
-def kv_blocks(shape: Shape) -> int:
+def kv_blocks(shape: Workload) -> int:
     """Blocks for all tokens of the case, and the one that vLLM keeps for padding.
 
     The engine also wants to be able to hold one sequence of `max_model_len`.
@@ -135,6 +135,6 @@ def _block_bytes(config: LayerConfig) -> int:
     return 2 * _BLOCK_TOKENS * width * 2
 
 
-def _model_length(shape: Shape) -> int:
+def _model_length(shape: Workload) -> int:
     """The prompt and the one token that is generated."""
     return shape.seq_len + 1

@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from memladder.errors import FormatError
+from memladder.core.errors import FormatError
 from memladder.formats.base import Format
 
 CHUNK_BYTES = 16

@@ -22,7 +22,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from memladder.errors import ConfigError, UsageError
+from memladder.core.errors import ConfigError, UsageError
 
 _NOT_MODELS = {
     "cache",

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from memladder.case import Shape
+from memladder.core.case import Workload
 from memladder.models import Widths, fields
 
 if TYPE_CHECKING:
@@ -89,7 +89,9 @@ def block(values: Mapping[str, Any]) -> torch.nn.Module:
     return layer
 
 
-def inputs(values: Mapping[str, Any], shape: Shape, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def inputs(
+    values: Mapping[str, Any], shape: Workload, dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
     """What BloomModel passes besides the hidden states.
 
     `alibi` is [batch_size · n_head, 1, seq_len]; `mask` is 0 or the dtype's minimum,

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from memladder.errors import CacheError
+from memladder.core.errors import CacheError
+from memladder.core.units import format_bytes
 from memladder.models import LayerConfig
-from memladder.units import format_bytes
 
 # Room left for the file system itself.
 _SPARE_BYTES = 64 << 20

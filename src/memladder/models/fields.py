@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from memladder.errors import ConfigError
+from memladder.core.errors import ConfigError
 
 MAX_SIZE = 1 << 20
 _LARGEST = sys.float_info.max

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from memladder.errors import ConfigError
+from memladder.core.errors import ConfigError
 from memladder.models import LayerConfig, cache, hidden_size, tensor_shapes, weights
 
 VOCABULARY = 32

@@ -13,12 +13,12 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from memladder.case import Shape
-from memladder.errors import ConfigError
+from memladder.core.case import Workload
+from memladder.core.errors import ConfigError
 from memladder.models import LayerConfig, definition, tensor_shapes
 
 
-class Layer(nn.Module):
+class Block(nn.Module):
     """hidden_states [batch_size, seq_len, hidden_size] to the same, causal, without a cache.
 
     What the model around the layer would pass at every call (rotary cos and sin; ALiBi and the
@@ -39,7 +39,7 @@ class Layer(nn.Module):
         return out
 
 
-def build(config: LayerConfig, shape: Shape, dtype: torch.dtype) -> Layer:
+def build(config: LayerConfig, shape: Workload, dtype: torch.dtype) -> Block:
     """The layer with parameters on the meta device and its other inputs on the CPU.
 
     Raises ConfigError where transformers refuses the configuration.
@@ -55,12 +55,12 @@ def build(config: LayerConfig, shape: Shape, dtype: torch.dtype) -> Layer:
     found = {name: tuple(tensor.shape) for name, tensor in block.named_parameters()}
     assert found == tensor_shapes(config), "tensor_shapes and transformers disagree"
     block.requires_grad_(False)
-    return Layer(model, block, passed)
+    return Block(model, block, passed)
 
 
 def load(
-    config: LayerConfig, weights: Path, shape: Shape, dtype: torch.dtype, device: torch.device
-) -> Layer:
+    config: LayerConfig, weights: Path, shape: Workload, dtype: torch.dtype, device: torch.device
+) -> Block:
     """The layer on `device`, each parameter moved there from the memory-mapped file in turn.
 
     On the CPU in the file's own dtype nothing is copied: the parameters are the mapped file.
@@ -75,7 +75,7 @@ def load(
     return layer.to(device)
 
 
-def put(layer: Layer, name: str, tensor: torch.Tensor) -> None:
+def put(layer: Block, name: str, tensor: torch.Tensor) -> None:
     """Make `tensor` the parameter of that name."""
     module_name, _, leaf = name.rpartition(".")
     parameter = nn.Parameter(tensor, requires_grad=False)

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from memladder.case import Shape
-from memladder.errors import ConfigError, UnavailableError
+from memladder.core.case import Workload
+from memladder.core.errors import ConfigError, UnavailableError
 from memladder.models import Widths, fields
 
 if TYPE_CHECKING:
@@ -141,7 +141,9 @@ def block(values: Mapping[str, Any]) -> torch.nn.Module:
     return layer
 
 
-def inputs(values: Mapping[str, Any], shape: Shape, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def inputs(
+    values: Mapping[str, Any], shape: Workload, dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
     """What LlamaModel passes besides the hidden states: `cos`, `sin` [1, seq_len, head_dim]."""
     import torch
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding

@@ -17,7 +17,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from memladder.case import Shape
+from memladder.core.case import Workload
 from memladder.models import LayerConfig, cache, hidden_size, tensor_shapes, weights
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ _MAKERS = ("torch", "transformers", "onnx", "onnxscript", "onnx-ir")
 PREFIX = "block."
 
 
-def file_name(shape: Shape) -> str:
+def file_name(shape: Workload) -> str:
     """The graph's file for a shape; differs whenever what makes it has another version."""
     return f"layer-{shape}-{version()}.onnx"
 
@@ -41,7 +41,7 @@ def version() -> str:
     return hashlib.sha256(" ".join([_RECIPE, str(OPSET), *versions]).encode()).hexdigest()[:8]
 
 
-def ensure(config: LayerConfig, cache_dir: Path, shape: Shape, seed: int) -> Path:
+def ensure(config: LayerConfig, cache_dir: Path, shape: Workload, seed: int) -> Path:
     """The exported graph of the layer at a static shape, made if it is not there yet.
 
     Input `hidden_states`, output `output`: float16 [batch_size, seq_len, hidden_size]. Raises
@@ -58,7 +58,7 @@ def ensure(config: LayerConfig, cache_dir: Path, shape: Shape, seed: int) -> Pat
     return path
 
 
-def outline(config: LayerConfig, shape: Shape) -> bytes:
+def outline(config: LayerConfig, shape: Workload) -> bytes:
     """The graph in float32 without weights, as `ensure` writes it with them: that of any seed, and
     of any checkpoint. Its parameters, `PREFIX` before their names, refer to a file that is none.
 
@@ -79,7 +79,7 @@ def outline(config: LayerConfig, shape: Shape) -> bytes:
     return found
 
 
-def _export(config: LayerConfig, data: Path, shape: Shape, seed: int, path: Path) -> None:
+def _export(config: LayerConfig, data: Path, shape: Workload, seed: int, path: Path) -> None:
     import onnx_ir as ir
     import torch
 
@@ -92,7 +92,7 @@ def _export(config: LayerConfig, data: Path, shape: Shape, seed: int, path: Path
     path.write_bytes(ir.to_proto(model).SerializeToString())
 
 
-def _traced(module: nn.Module, config: LayerConfig, shape: Shape) -> ir.Model:
+def _traced(module: nn.Module, config: LayerConfig, shape: Workload) -> ir.Model:
     import torch
 
     from memladder.models import onnx_rules

@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from memladder.case import Shape
+from memladder.core.case import Workload
 from memladder.models import LayerConfig, layer
 from memladder.models.weights import hidden_states
 
 
-def output(config: LayerConfig, weights_path: Path, shape: Shape, seed: int) -> np.ndarray:
+def output(config: LayerConfig, weights_path: Path, shape: Workload, seed: int) -> np.ndarray:
     """float32 [batch_size, seq_len, hidden_size] for the hidden states of the same seed."""
     return _run(config, weights_path, shape, seed, torch.float32)
 
@@ -26,7 +26,7 @@ def error(found: np.ndarray, expected: np.ndarray) -> float:
 def rounding(
     config: LayerConfig,
     weights_path: Path,
-    shape: Shape,
+    shape: Workload,
     seed: int,
     dtype: str,
     expected: np.ndarray,
@@ -44,7 +44,7 @@ def rounding(
 
 
 def _run(
-    config: LayerConfig, weights_path: Path, shape: Shape, seed: int, dtype: torch.dtype
+    config: LayerConfig, weights_path: Path, shape: Workload, seed: int, dtype: torch.dtype
 ) -> np.ndarray:
     module = layer.load(config, weights_path, shape, dtype, torch.device("cpu"))
     states = torch.from_numpy(hidden_states(config, shape, seed)).to(dtype)

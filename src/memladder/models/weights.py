@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from memladder.case import Shape
+from memladder.core.case import Workload
 from memladder.models import LayerConfig, cache, hidden_size, tensor_shapes
 
 FILE_NAME = "weights.safetensors"
@@ -98,7 +98,7 @@ def ensure(
     return path
 
 
-def hidden_states(config: LayerConfig, shape: Shape, seed: int) -> np.ndarray:
+def hidden_states(config: LayerConfig, shape: Workload, seed: int) -> np.ndarray:
     """The layer's input: standard normal float16 [batch_size, seq_len, hidden_size]."""
     states = np.empty((shape.batch_size, shape.seq_len, hidden_size(config)), np.float16)
     fill_hidden_states(states, seed)

@@ -1,10 +1,5 @@
-"""ONNX in, a layer's canonical graph out.
+"""A layer's canonical graph, and the same graph as kernels (`fused`).
 
-    onnx_file ──▶ fold (constants) ──▶ convert (operators, by a table) ──▶ rules ──▶ Graph
-
-A layer works on tokens. Every value of the canonical graph (`nodes`) is a matrix [tokens, columns],
-and all but attention compute each token by itself. Reshapes, transposes, slices, splits and
-concatenations are no nodes: `views` keeps them as a choice of columns, which then becomes a choice
-of a weight's rows. Masks, ALiBi and rotary positions are recognised by their numbers
-(`positions`), activations and norms by what they compute (`rules`): not by how they are spelled.
+A layer works on tokens. Every value (`nodes`) is a matrix [tokens, columns], and all but attention
+compute each token by itself.
 """

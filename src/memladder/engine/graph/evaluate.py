@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from memladder.case import Shape
+from memladder.core.case import Workload
 from memladder.engine.graph.nodes import (
     Attention,
     ByColumn,
@@ -80,22 +80,22 @@ def evaluate_from(node: Node, leaf: Node, values: Tensor) -> Tensor:
     for other in ordered(node):
         if id(other) not in before:
             inputs = [known[id(x)] for x in other.inputs]
-            known[id(other)] = apply(other, inputs, Shape(1, len(values)))
+            known[id(other)] = apply(other, inputs, Workload(1, len(values)))
     return known[id(node)]
 
 
-def apply(node: Node, inputs: list[Tensor], shape: Shape) -> Tensor:
+def apply(node: Node, inputs: list[Tensor], shape: Workload) -> Tensor:
     """One node on its inputs' values, in their dtype."""
     return _KINDS[type(node)](node, inputs, shape)
 
 
-def _linear(node: Linear, inputs: list[Tensor], shape: Shape) -> Tensor:
+def _linear(node: Linear, inputs: list[Tensor], shape: Workload) -> Tensor:
     weight = torch.from_numpy(node.weight.block(0, node.columns))
     found = inputs[0] @ weight.to(inputs[0].dtype).T
     return found if node.bias is None else found + _vector(node.bias, found)
 
 
-def _norm(node: Norm, inputs: list[Tensor], shape: Shape) -> Tensor:
+def _norm(node: Norm, inputs: list[Tensor], shape: Workload) -> Tensor:
     x = _grouped(inputs[0], node.group)
     if node.kind == "layer":
         x = x - x.mean(dim=-1, keepdim=True)
@@ -105,30 +105,30 @@ def _norm(node: Norm, inputs: list[Tensor], shape: Shape) -> Tensor:
     return found if node.bias is None else found + _vector(node.bias, found)
 
 
-def _pointwise(node: Pointwise, inputs: list[Tensor], shape: Shape) -> Tensor:
+def _pointwise(node: Pointwise, inputs: list[Tensor], shape: Workload) -> Tensor:
     return POINTWISE[node.function](*inputs, *node.numbers)
 
 
-def _by_column(node: ByColumn, inputs: list[Tensor], shape: Shape) -> Tensor:
+def _by_column(node: ByColumn, inputs: list[Tensor], shape: Workload) -> Tensor:
     found = inputs[0]
     found = found if node.factor is None else found * _vector(node.factor, found)
     return found if node.offset is None else found + _vector(node.offset, found)
 
 
-def _mean(node: Mean, inputs: list[Tensor], shape: Shape) -> Tensor:
+def _mean(node: Mean, inputs: list[Tensor], shape: Workload) -> Tensor:
     found: Tensor = _grouped(inputs[0], node.group).mean(dim=-1)
     return found
 
 
-def _columns(node: Columns, inputs: list[Tensor], shape: Shape) -> Tensor:
+def _columns(node: Columns, inputs: list[Tensor], shape: Workload) -> Tensor:
     return inputs[0][:, torch.from_numpy(np.array(node.index))]
 
 
-def _concat(node: Concat, inputs: list[Tensor], shape: Shape) -> Tensor:
+def _concat(node: Concat, inputs: list[Tensor], shape: Workload) -> Tensor:
     return torch.cat(inputs, dim=1)
 
 
-def _rotary(node: Rotary, inputs: list[Tensor], shape: Shape) -> Tensor:
+def _rotary(node: Rotary, inputs: list[Tensor], shape: Workload) -> Tensor:
     positions = torch.arange(shape.seq_len).repeat(shape.batch_size)
     angles = positions.double().outer(_vector(node.frequencies, positions.double())).unsqueeze(1)
     cos, sin = angles.cos().to(inputs[0].dtype), angles.sin().to(inputs[0].dtype)
@@ -136,7 +136,7 @@ def _rotary(node: Rotary, inputs: list[Tensor], shape: Shape) -> Tensor:
     return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1).flatten(1)
 
 
-def _attention(node: Attention, inputs: list[Tensor], shape: Shape) -> Tensor:
+def _attention(node: Attention, inputs: list[Tensor], shape: Workload) -> Tensor:
     def heads(x: Tensor, count: int) -> Tensor:
         found = x.view(shape.batch_size, shape.seq_len, count, -1).transpose(1, 2)
         return found.repeat_interleave(node.heads // count, dim=1)
@@ -166,7 +166,7 @@ def _vector(numbers: np.ndarray, like: Tensor) -> Tensor:
     return torch.from_numpy(np.array(numbers)).to(like.dtype)
 
 
-_KINDS: Mapping[type[Node], Callable[[Any, list[Tensor], Shape], Tensor]] = {
+_KINDS: Mapping[type[Node], Callable[[Any, list[Tensor], Workload], Tensor]] = {
     Linear: _linear,
     Norm: _norm,
     Pointwise: _pointwise,

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 
-from memladder.case import Shape
+from memladder.core.case import Workload
 
 
 @dataclass(frozen=True, eq=False)
@@ -248,7 +248,7 @@ def _key(value: Any) -> Any:
 class Graph:
     """A layer at a shape: one output, of the input's size."""
 
-    shape: Shape
+    shape: Workload
     input: Node
     output: Node
 

@@ -129,7 +129,7 @@ def _alone(value, out, heads, kv_heads, D: tl.constexpr, PDL: tl.constexpr, BLOC
 
 
 @dataclass(frozen=True)
-class Cut:
+class AttentionCut:
     """A program's queries, keys at a time, warps and stages."""
 
     rows: int
@@ -139,14 +139,14 @@ class Cut:
 
 
 _CUTS = {
-    "few": (Cut(16, 32, 4, 2),),
-    "some": (Cut(64, 64, 4, 2), Cut(32, 64, 4, 2)),
-    "many": (Cut(128, 128, 8, 3), Cut(128, 64, 8, 3)),
-    "many exact": (Cut(128, 64, 8, 3),),
+    "few": (AttentionCut(16, 32, 4, 2),),
+    "some": (AttentionCut(64, 64, 4, 2), AttentionCut(32, 64, 4, 2)),
+    "many": (AttentionCut(128, 128, 8, 3), AttentionCut(128, 64, 8, 3)),
+    "many exact": (AttentionCut(128, 64, 8, 3),),
     # Without asynchronous products more lies in registers.
-    "few held": (Cut(16, 32, 4, 2),),
-    "some held": (Cut(32, 32, 4, 2),),
-    "many held": (Cut(64, 32, 4, 1),),
+    "few held": (AttentionCut(16, 32, 4, 2),),
+    "some held": (AttentionCut(32, 32, 4, 2),),
+    "many held": (AttentionCut(64, 32, 4, 1),),
 }
 
 

@@ -110,7 +110,7 @@ def _dense(x, weights, x_scales, scales, also_scales, bias, also_bias, residual,
 
 
 @dataclass(frozen=True)
-class Cut:
+class DenseCut:
     """A program's tokens, output channels (of both weights together where gated) and step along K;
     warps and stages."""
 
@@ -122,10 +122,10 @@ class Cut:
 
 
 _CUTS = {
-    "fp16": (Cut(128, 256, 64, 8, 4), Cut(128, 256, 64, 8, 3)),
-    "fp16 narrow": (Cut(64, 128, 128, 4, 3), Cut(64, 128, 64, 4, 4)),
-    "fp8": (Cut(128, 256, 128, 8, 4), Cut(128, 256, 128, 8, 3)),
-    "fp8 narrow": (Cut(64, 128, 256, 4, 3), Cut(64, 128, 128, 4, 4)),
+    "fp16": (DenseCut(128, 256, 64, 8, 4), DenseCut(128, 256, 64, 8, 3)),
+    "fp16 narrow": (DenseCut(64, 128, 128, 4, 3), DenseCut(64, 128, 64, 4, 4)),
+    "fp8": (DenseCut(128, 256, 128, 8, 4), DenseCut(128, 256, 128, 8, 3)),
+    "fp8 narrow": (DenseCut(64, 128, 256, 4, 3), DenseCut(64, 128, 128, 4, 4)),
 }
 
 

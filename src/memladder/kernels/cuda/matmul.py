@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from memladder.errors import UnavailableError
+from memladder.core.errors import UnavailableError
 from memladder.formats.base import Format
 from memladder.formats.elements import ELEMENTS
 from memladder.formats.fp8 import Fp8

@@ -364,7 +364,7 @@ def _whole(x, x_scales, residual, weight0, scales0, bias0, out0, N0, weight1, sc
 
 
 @dataclass(frozen=True)
-class Cut:
+class RowCut:
     """Output channels of a program (of each of two weights, if gated), its warps, and, of whole
     rows, how much of K a step has; of packed ones, whether tensor cores multiply."""
 
@@ -512,7 +512,7 @@ def _unpacked(
     return True
 
 
-def _packed_cuts(parts: Sequence[Part], pair: bool) -> Sequence[Cut]:
+def _packed_cuts(parts: Sequence[Part], pair: bool) -> Sequence[RowCut]:
     """All that may be fastest somewhere; first what was on an H100, for the figure's layers."""
     weight = parts[0].weight
     bits, columns = weight.format.bits, weight.columns
@@ -521,21 +521,21 @@ def _packed_cuts(parts: Sequence[Part], pair: bool) -> Sequence[Cut]:
     if bits == 1:
         # An activation's bytes are many beside a weight's bits: they are read for more rows.
         if pair:
-            return [Cut(16, 1), Cut(16, 2), Cut(32, 1), Cut(16, 4)]
-        best = Cut(64, 8) if long else Cut(32, 2) if many else Cut(32, 4)
-        return _led_by(best, [Cut(32, 4), Cut(64, 8), Cut(32, 2), Cut(64, 2)])
+            return [RowCut(16, 1), RowCut(16, 2), RowCut(32, 1), RowCut(16, 4)]
+        best = RowCut(64, 8) if long else RowCut(32, 2) if many else RowCut(32, 4)
+        return _led_by(best, [RowCut(32, 4), RowCut(64, 8), RowCut(32, 2), RowCut(64, 2)])
     looked_up = not weight.layout.interleaved
     if pair:
-        best, cuts = Cut(16, 4, cores=True), [Cut(8, 8), Cut(8, 4), Cut(16, 4)]
+        best, cuts = RowCut(16, 4, cores=True), [RowCut(8, 8), RowCut(8, 4), RowCut(16, 4)]
     else:
-        cuts = [Cut(16, 8), Cut(16, 4), Cut(32, 4), Cut(32, 8), Cut(8, 8)]
+        cuts = [RowCut(16, 8), RowCut(16, 4), RowCut(32, 4), RowCut(32, 8), RowCut(8, 8)]
         # What is in flight has to be enough also where rows are few.
         if looked_up:
-            few = Cut(32, 8, cores=True) if columns > 8192 else Cut(16, 4, cores=True)
-            best = Cut(32, 4, cores=True) if rows > 8192 else few
+            few = RowCut(32, 8, cores=True) if columns > 8192 else RowCut(16, 4, cores=True)
+            best = RowCut(32, 4, cores=True) if rows > 8192 else few
         else:
-            few = Cut(16, 4, cores=long) if rows > 8192 else Cut(16, 8)
-            best = Cut(32, 4, cores=True) if many else few
+            few = RowCut(16, 4, cores=long) if rows > 8192 else RowCut(16, 8)
+            best = RowCut(32, 4, cores=True) if many else few
     if not (_LANES_IN_ORDER and pairs_ptx(str(weight.format), weight.layout.interleaved)):
         return _led_by(cuts[0] if best.cores else best, cuts)
     # Tensor cores take rows by 16. What is looked up is multiplied in float32 without them.
@@ -543,17 +543,21 @@ def _packed_cuts(parts: Sequence[Part], pair: bool) -> Sequence[Cut]:
     return _led_by(best, cores if looked_up else [*cuts, *cores])
 
 
-def _led_by(best: Cut, cuts: Sequence[Cut]) -> Sequence[Cut]:
+def _led_by(best: RowCut, cuts: Sequence[RowCut]) -> Sequence[RowCut]:
     return sorted(cuts, key=lambda cut: cut != best)
 
 
-def _unpacked_cuts(parts: Sequence[Part], pair: bool) -> Sequence[Cut]:
+def _unpacked_cuts(parts: Sequence[Part], pair: bool) -> Sequence[RowCut]:
     own = parts[0].weight.format
     if own.bits == 16:
-        return [Cut(2, 8, 2048), Cut(2, 4, 1024)] if pair else [Cut(4, 8, 2048), Cut(4, 4, 1024)]
+        return (
+            [RowCut(2, 8, 2048), RowCut(2, 4, 1024)]
+            if pair
+            else [RowCut(4, 8, 2048), RowCut(4, 4, 1024)]
+        )
     if pair:
-        return [Cut(2, 2, 1024), Cut(2, 4, 2048)] if own.group else [Cut(1, 4, 2048)]
-    return [Cut(2, 4, 2048), Cut(4, 4, 2048)]
+        return [RowCut(2, 2, 1024), RowCut(2, 4, 2048)] if own.group else [RowCut(1, 4, 2048)]
+    return [RowCut(2, 4, 2048), RowCut(4, 4, 2048)]
 
 
 def _ptx(own: Format, layout: Layout, integer: bool, cores: bool) -> str:

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from memladder import formats
-from memladder.errors import UnavailableError
+from memladder.core.errors import UnavailableError
 from memladder.formats.elements import ELEMENTS
 from memladder.formats.fp8 import Fp8
 from memladder.formats.int8 import Int8

@@ -177,7 +177,7 @@ def _few(x, x_scales, residual, scratch, weight0, scales0, bias0, out0, N0,
 
 
 @dataclass(frozen=True)
-class Cut:
+class SkinnyCut:
     """Rows of weights of a program, and how many programs there should be: if there are fewer,
     K is divided. Its warps and stages."""
 
@@ -293,7 +293,13 @@ def _shape(parts: Sequence[Part], pair: bool, tokens: int) -> str:
     return f"{weight.format} {tokens} {'gated ' * pair}{rows}x{weight.columns}"
 
 
-def _cuts(own: Format, pair: bool) -> Sequence[Cut]:
+def _cuts(own: Format, pair: bool) -> Sequence[SkinnyCut]:
     if own.bits == 1:
-        return [Cut(128, 1, 4, 5), Cut(64, 1, 4, 5)] if pair else [Cut(64, 320, 4, 5)]
-    return [Cut(128, 1, 4, 5), Cut(128, 1, 4, 4)] if pair else [Cut(128, 384, 4, 4)]
+        return (
+            [SkinnyCut(128, 1, 4, 5), SkinnyCut(64, 1, 4, 5)]
+            if pair
+            else [SkinnyCut(64, 320, 4, 5)]
+        )
+    return (
+        [SkinnyCut(128, 1, 4, 5), SkinnyCut(128, 1, 4, 4)] if pair else [SkinnyCut(128, 384, 4, 4)]
+    )

@@ -15,8 +15,8 @@ from typing import TypeVar
 import torch
 import triton
 
-from memladder.errors import CacheError
-from memladder.files import write_atomic
+from memladder.core.errors import CacheError
+from memladder.core.files import write_atomic
 
 Cut = TypeVar("Cut")
 

@@ -1,0 +1,1 @@
+"""What is held against something known: the machine, the meter."""

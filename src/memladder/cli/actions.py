@@ -1,0 +1,491 @@
+"""What each command does: read the request, measure, keep, draw, print.
+
+stdout carries results only; progress, warnings and hints go to stderr.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+from memladder import frameworks, models
+from memladder.core.case import FIGURE_MODELS, Case
+from memladder.core.errors import UnavailableError, UsageError
+from memladder.core.files import writable_folder, write_atomic
+from memladder.core.record import Record, Status, Verification
+from memladder.core.units import format_bytes, mib
+from memladder.frameworks.base import Job
+from memladder.meter import environment
+from memladder.meter.outside import runner
+from memladder.models import LayerConfig
+from memladder.models.cache import default_dir
+from memladder.sweeps import cases as sweep_cases
+from memladder.sweeps import store
+from memladder.sweeps.executors import serial
+
+if TYPE_CHECKING:
+    from memladder.engine.packed.packing import Progress
+
+_WIDTH = 120
+# Ended as the protocol foresees; anything else is a failure of the run.
+_GOOD = (Status.MEASURED, Status.PLANNED, Status.OOM)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked for, as typed; None where nothing was."""
+
+    models: str | None = None
+    frameworks: str | None = None
+    shapes: str | None = None
+    device: str = "auto"
+    config: Path | None = None
+    repeats: int = 1
+    timeout_s: float = 1800.0
+    output_dir: Path = Path()
+    cache_dir: Path | None = None
+    fresh: bool = False
+    results: Path | None = None
+
+    @property
+    def log(self) -> Path:
+        """The folder of the records."""
+        return self.output_dir / "log"
+
+    def configs(self, names: Sequence[str]) -> dict[str, LayerConfig]:
+        """The layer of each model; a config of the user's stands for its own model alone."""
+        if self.config is None:
+            return {name: models.layer_config(name) for name in names}
+        if len(names) != 1:
+            raise UsageError(
+                f"--config {self.config} describes one model; say which with --models: "
+                f"{' or '.join(names)}"
+            )
+        return {names[0]: models.layer_config(names[0], self.config)}
+
+    def options(self) -> serial.SweepOptions:
+        """How to measure."""
+        return serial.SweepOptions(
+            cache_dir=(self.cache_dir or default_dir()).absolute(),
+            repeats=self.repeats,
+            limits=runner.Limits(timeout_s=self.timeout_s),
+            fresh=self.fresh,
+        )
+
+
+def plain_console(stderr: bool = False) -> Console:
+    """A console that prints text as it is: `memladder[pytorch]` is no markup.
+
+    Where nobody's terminal sets the width, tables have room for their numbers.
+    """
+    found = Console(stderr=stderr, markup=False, highlight=False)
+    if not found.is_terminal and "COLUMNS" not in os.environ:
+        found.width = max(found.width, _WIDTH)
+    return found
+
+
+def draw_published(output_dir: Path) -> None:
+    """Draw the published figure as `png/` and `pdf/memory_usage_a100.*`."""
+    from memladder.reports import figure
+
+    png, pdf = _pictures(output_dir, "a100")
+    figure.draw_published(png, pdf)
+    print(f"{png}\n{pdf}")
+
+
+def draw_store(path: Path, output_dir: Path) -> None:
+    """Draw the measured figure and its table from a store."""
+    contents = _read_store(path)
+    if not contents.records:
+        raise UsageError(f"{path} holds no records")
+    _draw(contents.records, contents.verifications, output_dir)
+
+
+def _draw(
+    records: Sequence[Record], verifications: Sequence[Verification], output_dir: Path
+) -> None:
+    from memladder.reports import cells, figure, table
+
+    found = cells.cells_from(records, verifications)
+    custom = _custom(records)
+    page = table.to_markdown_report(records, verifications, custom=custom)
+    png, pdf = _pictures(output_dir, _slug(records))
+    figure.draw_measured(
+        found,
+        png,
+        pdf,
+        device_label=cells.device_label(records),
+        subtitle=_layers(records) if custom else "",
+        notes=cells.notes_from(records),
+        custom=custom,
+    )
+    write_atomic(png.with_suffix(".md"), page)
+    print(f"{png}\n{pdf}\n{png.with_suffix('.md')}")
+
+
+def _layers(records: Iterable[Record]) -> str:
+    """Which layers were measured, where they are not the figure's."""
+    found = {
+        record.case.model: f"{FIGURE_MODELS.get(record.case.model, record.case.model)} layer of "
+        f"{record.layer.parameters:,} parameters, hidden size {record.layer.config['hidden_size']}"
+        for record in records
+        if record.layer is not None
+    }
+    return "; ".join(found.values())
+
+
+def _custom(records: Iterable[Record]) -> bool:
+    """Is any layer another than the figure's, so that the published values say nothing of it?"""
+    return any(
+        record.layer is not None
+        and record.layer.digest != models.layer_config(record.case.model).digest
+        for record in records
+    )
+
+
+def _pictures(output_dir: Path, slug: str) -> tuple[Path, Path]:
+    names = tuple(output_dir / kind / f"memory_usage_{slug}.{kind}" for kind in ("png", "pdf"))
+    for name in names:
+        writable_folder(name.parent)
+    return names[0], names[1]
+
+
+def _slug(records: Sequence[Record]) -> str:
+    """A device's short name for files: `h100`, `cpu`; the published figure's name stays its own."""
+    from memladder.reports import cells
+
+    shown = cells.representative(records)
+    if shown.case.device == "cpu":
+        return "cpu"
+    name = shown.environment.machine.device.lower().replace("nvidia", "")
+    model = re.search(r"[a-z]*\d+[a-z]*", name.replace("geforce", "").replace("rtx ", "rtx"))
+    slug = model[0] if model else re.sub(r"\W+", "_", name).strip("_")
+    return "a100_measured" if slug == "a100" else slug
+
+
+def measure(request: Request) -> int:
+    """Measure one case; prints the artifact's two lines. 0 when measured or out of memory."""
+    device = environment.resolve_device(request.device)
+    model = _single("model", sweep_cases.parse_models(request.models))
+    framework = _single("framework", sweep_cases.parse_frameworks(request.frameworks))
+    (shape,) = sweep_cases.parse_shapes(request.shapes)
+    case = Case(model, framework, shape, device)
+    config = request.configs([model])[model]
+    options = request.options()
+    kept = store.Store(request.log)
+    with kept.locked():
+        print(
+            f"Measure the memory for {model} batch {shape.batch_size} seq {shape.seq_len} "
+            f"under {framework}",
+            flush=True,
+        )
+        record = _measure_one(Job(case, config, options.cache_dir), options, kept)
+        path = kept.save(record)
+    if record.steady_bytes is not None:
+        print({case.id: round(mib(record.steady_bytes))})
+    _explain(record, path)
+    return 0 if record.status in _GOOD else 1
+
+
+def _single(kind: str, names: Sequence[str]) -> str:
+    if len(names) != 1:
+        raise UsageError(f"one {kind} is measured at a time, not {', '.join(names)}")
+    return names[0]
+
+
+def _measure_one(job: Job, options: serial.SweepOptions, kept: store.Store) -> Record:
+    name = job.case.framework
+    if name not in frameworks.names():
+        return runner.unavailable(job.case, sweep_cases.availability(name, job.case.device))
+    console = plain_console(stderr=True)
+    with console.status("starting") as status:
+        return runner.measure(
+            job,
+            frameworks.get(name),
+            repeats=options.repeats,
+            limits=options.limits,
+            log_path=kept.log_path(job.case.id),
+            on_event=lambda event: status.update(f"{job.case.id}: {event}"),
+        )
+
+
+def _explain(record: Record, path: Path) -> None:
+    lines = [f"{record.status}; record: {path}"]
+    if record.plan is not None:
+        size = format_bytes(record.plan.nbytes)
+        lines = [f"planned for {record.plan.target}: {size}; {record.reason}; record: {path}"]
+    elif record.reason:
+        lines = [f"{record.status}: {record.reason}; record: {path}"]
+    if record.hint:
+        lines.append(f"to get it: {record.hint}")
+    print("\n".join(lines), file=sys.stderr)
+
+
+def sweep(request: Request) -> int:
+    """Measure the figure's cases here, draw them. 0 when all that could run was measured."""
+    from memladder.sweeps.live import SweepView
+
+    device = environment.resolve_device(request.device)
+    names = sweep_cases.parse_frameworks(request.frameworks)
+    shapes = sweep_cases.parse_shapes(request.shapes)
+    configs = request.configs(sweep_cases.parse_models(request.models))
+    runnable, missing = _split(names, device)
+    cases = sweep_cases.select(configs, runnable, shapes, device)
+    kept = store.Store(request.log)
+    console = plain_console(stderr=True)
+    with kept.locked():
+        for folder in ("png", "pdf"):
+            writable_folder(request.output_dir / folder)
+        _tell_missing(missing, device, console)
+        if not cases:
+            raise UsageError(f"none of the frameworks {', '.join(names)} can run on {device} here")
+        with SweepView(cases, request.repeats, console) as view:
+            outcome = serial.sweep(cases, configs, kept, request.options(), view)
+    unavailable = [
+        runner.unavailable(case, sweep_cases.availability(case.framework, device))
+        for case in sweep_cases.select(configs, missing, shapes, device)
+    ]
+    records = [*outcome.records, *unavailable]
+    if request.results is not None:
+        store.merge_results(request.results, list(outcome.records), list(outcome.verifications))
+    _draw(records, outcome.verifications, request.output_dir)
+    return 0 if outcome.succeeded else 1
+
+
+def _split(names: Iterable[str], device: str) -> tuple[list[str], list[str]]:
+    can_run = {name: sweep_cases.availability(name, device).available for name in names}
+    return [name for name in can_run if can_run[name]], [n for n in can_run if not can_run[n]]
+
+
+def _tell_missing(names: Sequence[str], device: str, console: Console) -> None:
+    for name in names:
+        found = sweep_cases.availability(name, device)
+        hint = f"; to get it: {found.install}" if found.install else ""
+        console.print(
+            f"{name} can't run on {device} here: {found.reason}{hint}",
+            style="dim",
+        )
+
+
+def verify(request: Request) -> int:
+    """Compare frameworks with the reference; 0 when all agree."""
+    device = environment.resolve_device(request.device)
+    names = sweep_cases.parse_frameworks(request.frameworks)
+    runnable, missing = _split(names, device)
+    planned = [name for name in runnable if sweep_cases.availability(name, device).plans]
+    runnable = [name for name in runnable if name not in planned]
+    console = plain_console(stderr=True)
+    _tell_missing([*missing, *planned], device, console)
+    if not runnable:
+        raise UsageError(f"none of the frameworks {', '.join(names)} can run on {device} here")
+    options = request.options()
+    kept = store.Store(request.log)
+    table = Table(
+        *("framework", "model", "shape", "tokens", "error", "tolerance", "agrees", "SQNR, dB")
+    )
+    structure = Table("framework", "model", "shape", "agrees", "held, as the output can't be read")
+    agree = True
+    with kept.locked():
+        for name in runnable:
+            with console.status(f"checking {name}"):
+                verification = runner.verify(
+                    name,
+                    frameworks.get(name),
+                    device,
+                    cache_dir=options.cache_dir,
+                    limits=options.limits,
+                    log_path=kept.log_path(f"verification_{name}"),
+                )
+            kept.save(verification)
+            agree = agree and verification.agrees
+            for check in verification.checks:
+                table.add_row(
+                    name,
+                    check.model,
+                    str(check.shape),
+                    str(check.tokens),
+                    f"{check.error:.2e}",
+                    f"{check.tolerance:.1e}",
+                    "yes" if check.agrees else "NO",
+                    "" if check.sqnr_db is None else f"{check.sqnr_db:.1f}",
+                )
+            for held in verification.structure or ():
+                agrees = "yes" if held.agrees else "NO"
+                structure.add_row(name, held.model, str(held.shape), agrees, held.explain())
+    for one in (table, structure):
+        one.columns[0].no_wrap = True
+        if one.row_count:
+            plain_console().print(one)
+    return 0 if agree else 1
+
+
+def tune(request: Request) -> int:
+    """Measure the cuts of Ladder's kernels on a GPU and keep the fastest; 0 when that was done."""
+    device = environment.resolve_device(request.device)
+    if device == "cpu":
+        raise UsageError("tune measures a GPU's kernels; --device cpu has none")
+    names = sweep_cases.parse_frameworks(request.frameworks)
+    runnable, missing = _split([name for name in names if name.startswith("ladder")], device)
+    _tell_missing(missing, device, plain_console(stderr=True))
+    if not runnable:
+        raise UsageError(f"none of {', '.join(names)} is a Ladder that can run on {device} here")
+    import torch
+
+    from memladder import __version__, formats
+    from memladder.engine.compile import layers
+    from memladder.engine.packed import packed_layer
+    from memladder.engine.run import tuner
+    from memladder.frameworks.ladder import Ladder
+    from memladder.kernels.cuda import tuning
+
+    torch.cuda.set_device(torch.device(device))
+    cache_dir = request.options().cache_dir
+    file = tuning.path(cache_dir, __version__)
+    tuning.load(file)
+    shapes = sweep_cases.parse_shapes(request.shapes)
+    cases = [
+        (config, variant, shape)
+        for config in request.configs(sweep_cases.parse_models(request.models)).values()
+        for variant in map(frameworks.get, runnable)
+        for shape in shapes
+    ]
+    with progress_bar("tuning") as progress:
+        for number, (config, variant, shape) in enumerate(cases):
+            progress(number, len(cases))
+            assert isinstance(variant, Ladder)
+            path = layers.ensure_packed(config, formats.get(variant.weight), cache_dir, 0)
+            tuner.tune(packed_layer.load(path), shape, variant.activation_format(), _tell_cut)
+            tuning.save(file)
+    print(f"{file}: {len(tuning.preferred())} cuts differ from the shipped ones")
+    return 0
+
+
+def _tell_cut(key: str, cut: str, shipped_s: float, best_s: float) -> None:
+    print(f"{key}: {1e6 * shipped_s:.1f} µs → {1e6 * best_s:.1f} µs with {cut}")
+
+
+def show_frameworks(device: str) -> None:
+    """Print what can run on the device here, and what is missing for the rest."""
+    resolved = environment.resolve_device(device)
+    table = Table()
+    table.add_column("key", no_wrap=True)
+    for column in ("system", f"on {resolved}", "version", "why not", "to get it"):
+        table.add_column(column, overflow="fold")
+    for name in sweep_cases.known_frameworks():
+        found = sweep_cases.availability(name, resolved)
+        table.add_row(
+            name,
+            sweep_cases.title(name),
+            "planned" if found.plans else "yes" if found.available else "no",
+            found.version or "",
+            found.reason or "",
+            found.install or "",
+        )
+    plain_console().print(table)
+
+
+def show_record(path: Path) -> None:
+    """Print one record for a person."""
+    from memladder.reports import show
+
+    contents = store.read(path)
+    if path.is_dir() or len(contents.records) != 1:
+        raise UsageError(f"{path} is not one record; `memladder table {path}` prints many")
+    show.print_record(contents.records[0], plain_console())
+
+
+def print_table(path: Path, form: str) -> None:
+    """Print a row a case as Markdown, CSV or JSON."""
+    from memladder.reports import table
+
+    writers = {"md": table.to_markdown, "csv": table.to_csv, "json": table.to_json}
+    if form not in writers:
+        raise UsageError(f"format {form!r} is not one of {', '.join(writers)}")
+    records = _read_store(path).records
+    print(writers[form](table.rows(records, custom=_custom(records))), end="")
+
+
+def show_floor(path: Path) -> int:
+    """Print the engine's measured cells against their floor; 1 when one is beyond its bound."""
+    from memladder.reports import floor
+
+    records = _read_store(path).records
+    tables = [found for device in ("cpu", "cuda") if (found := floor.rows(records, device))]
+    if not tables:
+        raise UsageError(f"{path} holds no measured cell of ladder")
+    print("\n".join(map(floor.to_markdown, tables)), end="")
+    return 0 if all(row.holds for rows in tables for row in rows) else 1
+
+
+def doctor() -> int:
+    """Print what this machine has and what to fix; 1 when something needs fixing."""
+    from memladder.checks.doctor import findings
+
+    table = Table("what", "found", "to fix it")
+    found = findings()
+    for finding in found:
+        style = None if finding.good else "yellow"
+        table.add_row(finding.subject, finding.text, finding.fix or "", style=style)
+    plain_console().print(table)
+    return 0 if all(finding.good for finding in found) else 1
+
+
+def calibrate(device: str, output_dir: Path) -> int:
+    """Print what the meter reads of known sizes; 1 when one is out of bounds."""
+    from memladder.checks import calibration
+
+    resolved = environment.resolve_device(device)
+    kept = store.Store(output_dir / "log")
+    table = Table("device", "allocated", "read", "difference", "bound", "holds")
+    holds = True
+    with kept.locked():
+        for reading in calibration.calibrate(resolved, kept.log_path("calibration")):
+            holds = holds and reading.holds
+            table.add_row(
+                reading.device,
+                format_bytes(reading.asked_bytes),
+                format_bytes(reading.read_bytes),
+                f"{mib(reading.read_bytes - reading.asked_bytes):+.2f} MiB",
+                format_bytes(reading.bound_bytes),
+                "yes" if reading.holds else "NO",
+            )
+    plain_console().print(table)
+    return 0 if holds else 1
+
+
+def _read_store(path: Path) -> store.Contents:
+    contents = store.read(path)
+    for name, reason in contents.foreign.items():
+        print(f"warning: {name} is not a record of memladder ({reason}); left out", file=sys.stderr)
+    return contents
+
+
+@contextmanager
+def needed(command: str, extra: str) -> Iterator[None]:
+    """A library that is not here is one line that says how to get it."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise UnavailableError(
+            f"{command} needs {error.name}", f"pip install 'memladder[{extra}]'"
+        ) from None
+
+
+@contextmanager
+def progress_bar(what: str) -> Iterator[Progress]:
+    """A bar with the time that is left, where stderr is a terminal; it goes away afterwards."""
+    from rich.progress import Progress as Bar
+
+    console = plain_console(stderr=True)
+    with Bar(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

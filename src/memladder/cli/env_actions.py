@@ -1,0 +1,126 @@
+"""What `memladder env …` does and prints."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from memladder import frameworks
+from memladder.core.errors import UsageError
+from memladder.environments import ask, install, interpreter
+from memladder.meter import environment
+
+# How many packages a requirements file brings with it, as its comment says.
+_PACKAGES = re.compile(r"^# packages: (\d+)", re.MULTILINE)
+_FOUND = re.compile(r"Collecting (\S+)")
+_WIDTH = 60
+_TABLE_WIDTH = 120
+
+
+def create(framework: str, device: str, python: str | None) -> None:
+    """Make a framework's environment, with progress, and say what it can do."""
+    name = _name(framework)
+    resolved = environment.resolve_device(device)
+    wanted = install.requirements(name, resolved)
+    base = None if python is None else interpreter.located(python)
+    with _progress(name, wanted) as on_line:
+        path = install.create(name, resolved, base, on_line)
+    print(path)
+    _tell(name, resolved)
+
+
+def use(framework: str, python: str) -> None:
+    """Point a framework to an interpreter, and say what it can do there."""
+    name = _name(framework)
+    print(install.use(name, python).python)
+    told = interpreter.variable(name)
+    _say(f"the variable {told}, where it is set, comes first")
+    _tell(name, environment.resolve_device("auto"))
+
+
+def remove(framework: str) -> None:
+    """Forget or delete a framework's environment."""
+    for line in install.remove(_name(framework)):
+        print(line)
+
+
+def show() -> None:
+    """Print whose Python each framework runs in."""
+    table = Table()
+    table.add_column("environment", no_wrap=True)
+    for column in ("whose", "interpreter", "to change it"):
+        table.add_column(column, overflow="fold")
+    for item in install.listed():
+        table.add_row(
+            item.name,
+            item.interpreter.label or "memladder's own",
+            str(item.interpreter.python),
+            _advice(item),
+        )
+    console = Console(markup=False, highlight=False)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = max(console.width, _TABLE_WIDTH)
+    console.print(table)
+
+
+def _advice(item: install.Listed) -> str:
+    if not item.is_current:
+        return f"made for another version: memladder env remove {item.name}, then create"
+    if item.interpreter.label is not None:
+        return f"memladder env remove {item.name}"
+    verb = "create" if item.can_be_made else "use"
+    rest = "" if item.can_be_made else " --python PATH"
+    return f"memladder env {verb} {item.name}{rest}"
+
+
+def _name(framework: str) -> str:
+    """The environment of a framework's key, or an environment's own name. Raises UsageError."""
+    known = {interpreter.family(key) for key in frameworks.names()} | set(install.names())
+    if framework not in frameworks.names() and framework not in known:
+        every = ", ".join(sorted(known | set(frameworks.names())))
+        raise UsageError(f"unknown framework {framework!r}; known: {every}")
+    return interpreter.family(framework)
+
+
+def _tell(name: str, device: str) -> None:
+    for key in frameworks.names():
+        if interpreter.family(key) == name:
+            found = ask.availability(key, frameworks.get(key), device)
+            can = f"can run on {device}" if found.available else f"can't run on {device} here"
+            _say(f"{key} {can}{f': {found.reason}' if found.reason else ''}")
+
+
+def _say(text: str) -> None:
+    Console(stderr=True, markup=False, highlight=False).print(text)
+
+
+@contextmanager
+def _progress(name: str, wanted: Path) -> Iterator[Callable[[str], None]]:
+    """A bar that counts packages found, with what the installer says beside it; it goes away."""
+    found = _PACKAGES.search(wanted.read_text())
+    console = Console(stderr=True, markup=False, highlight=False)
+    columns = (
+        TextColumn(f"environment {name}"),
+        BarColumn(),
+        TimeElapsedColumn(),
+        TextColumn("ETA"),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}", markup=False),
+    )
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as bar:
+        task = bar.add_task("an empty environment", total=int(found[1]) if found else None)
+
+        def on_line(line: str) -> None:
+            if not line.startswith("WARNING"):
+                bar.update(task, description=line[:_WIDTH], advance=bool(_FOUND.match(line)))
+
+        yield on_line

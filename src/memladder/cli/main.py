@@ -1,0 +1,510 @@
+"""The command line: `memladder …`, and the two scripts of the paper's artifact.
+
+Options are declared here; what a command does is in `actions`, imported only when a command runs,
+so that `--help` answers at once. An error is one line on stderr and exit status 2.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+from memladder import __version__
+from memladder.core.case import MAX_BATCH_SIZE, MAX_SEQ_LEN
+from memladder.core.errors import MemladderError, UnavailableError, UsageError
+
+
+def _app(text: str) -> typer.Typer:
+    return typer.Typer(
+        help=text,
+        add_completion=False,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+
+
+app = _app("How much memory an LLM layer needs under an inference framework, measured.")
+_run_all_app = _app("Draw Figure 11 from the published data, or measure it here and draw that.")
+_measure_app = _app("Measure the memory of one decoder layer under one framework, at one shape.")
+
+_env_app = _app("Environments of frameworks' own: made, pointed to, listed, removed.")
+app.add_typer(_env_app, name="env")
+
+EnvironmentOf = Annotated[
+    str, typer.Argument(metavar="FRAMEWORK", help="A framework's key; its variants share one.")
+]
+Model = Annotated[str, typer.Option("--model", help="llama or bloom.")]
+Framework = Annotated[
+    str, typer.Option("--framework", help="A framework's key; `memladder frameworks` lists them.")
+]
+BatchSize = Annotated[
+    str, typer.Option("--batch_size", "--batch-size", metavar="N", help="Sequences in the batch.")
+]
+SeqLen = Annotated[
+    str, typer.Option("--seq_len", "--seq-len", metavar="N", help="Tokens in each sequence.")
+]
+Models = Annotated[str | None, typer.Option(metavar="NAME,…", help="Models; default: llama,bloom.")]
+Frameworks = Annotated[
+    str | None,
+    typer.Option(metavar="KEY,…|all", help="Frameworks; default: the figure's twelve systems."),
+]
+Shapes = Annotated[
+    str | None, typer.Option(metavar="BxS,…", help="Shapes; default: 1x1,32x1,1x4096.")
+]
+Device = Annotated[
+    str, typer.Option(metavar="auto|cuda|cuda:N|cpu", help="Where to run; auto prefers a GPU.")
+]
+Fresh = Annotated[
+    bool, typer.Option("--fresh", help="Measure again what log/ already has for this environment.")
+]
+Repeats = Annotated[str, typer.Option(metavar="N", help="Processes per case; the median counts.")]
+Timeout = Annotated[str, typer.Option(metavar="SECONDS", help="Time limit of one process.")]
+OutputDir = Annotated[Path, typer.Option(help="Where log/, png/ and pdf/ are written.")]
+Config = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="A Hugging Face config.json of another size.")
+]
+CacheDir = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="Weights and exported models are cached here.")
+]
+Results = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Also merge the records into this file.")
+]
+StorePath = Annotated[
+    Path, typer.Argument(metavar="STORE", help="A folder such as log/ or a results file.")
+]
+
+_HERE = Path()
+_DEFAULT_TIMEOUT = "1800"
+_INTERRUPTED = 130
+MAX_REPEATS = 100
+MAX_LAYER = (1 << 20) - 1
+MAX_MIB = 1 << 30
+
+
+@app.command()
+def figure(
+    store: Annotated[
+        Path | None, typer.Argument(metavar="[STORE]", help="Records to draw; default: published.")
+    ] = None,
+    output_dir: OutputDir = _HERE,
+) -> None:
+    """Draw Figure 11: published, or from the records in STORE."""
+    from memladder.cli import actions
+
+    if store is None:
+        actions.draw_published(output_dir)
+    else:
+        actions.draw_store(store, output_dir)
+
+
+@app.command()
+@_measure_app.command()
+def measure(
+    model: Model = "llama",
+    framework: Framework = "pytorch",
+    batch_size: BatchSize = "1",
+    seq_len: SeqLen = "1",
+    device: Device = "auto",
+    config: Config = None,
+    repeats: Repeats = "1",
+    timeout: Timeout = _DEFAULT_TIMEOUT,
+    output_dir: OutputDir = _HERE,
+    cache_dir: CacheDir = None,
+) -> None:
+    """Measure one cell; its record goes to log/."""
+    from memladder.cli import actions
+
+    request = actions.Request(
+        models=model,
+        frameworks=framework,
+        shapes="x".join(
+            str(_count(name, text, limit))
+            for name, text, limit in (
+                ("batch_size", batch_size, MAX_BATCH_SIZE),
+                ("seq_len", seq_len, MAX_SEQ_LEN),
+            )
+        ),
+        device=device,
+        config=config,
+        repeats=_count("repeats", repeats, MAX_REPEATS),
+        timeout_s=_seconds(timeout),
+        output_dir=output_dir,
+        cache_dir=cache_dir,
+        fresh=True,
+    )
+    raise typer.Exit(actions.measure(request))
+
+
+@app.command()
+def sweep(
+    models: Models = None,
+    frameworks: Frameworks = None,
+    shapes: Shapes = None,
+    device: Device = "auto",
+    fresh: Fresh = False,
+    config: Config = None,
+    repeats: Repeats = "1",
+    timeout: Timeout = _DEFAULT_TIMEOUT,
+    output_dir: OutputDir = _HERE,
+    cache_dir: CacheDir = None,
+    results: Results = None,
+) -> None:
+    """Measure the figure's cases here and draw them; resumes."""
+    from memladder.cli import actions
+
+    request = actions.Request(
+        models=models,
+        frameworks=frameworks,
+        shapes=shapes,
+        device=device,
+        config=config,
+        repeats=_count("repeats", repeats, MAX_REPEATS),
+        timeout_s=_seconds(timeout),
+        output_dir=output_dir,
+        cache_dir=cache_dir,
+        fresh=fresh,
+        results=results,
+    )
+    raise typer.Exit(actions.sweep(request))
+
+
+@_run_all_app.command()
+def _run_all(
+    context: typer.Context,
+    reproduce: Annotated[
+        bool, typer.Option("--reproduce", help="Measure on this machine, then draw.")
+    ] = False,
+    models: Models = None,
+    frameworks: Frameworks = None,
+    shapes: Shapes = None,
+    device: Device = "auto",
+    fresh: Fresh = False,
+    config: Config = None,
+    repeats: Repeats = "1",
+    timeout: Timeout = _DEFAULT_TIMEOUT,
+    output_dir: OutputDir = _HERE,
+    cache_dir: CacheDir = None,
+    results: Results = None,
+) -> None:
+    """Draw Figure 11 from the published data; with --reproduce, measure it here and draw that."""
+    if reproduce:
+        sweep(
+            models, frameworks, shapes, device, fresh, config,
+            repeats, timeout, output_dir, cache_dir, results,
+        )  # fmt: skip
+    given = [
+        f"--{name.replace('_', '-')}"
+        for name in context.params
+        if name not in ("reproduce", "output_dir")
+        and str(getattr(context.get_parameter_source(name), "name", "")) == "COMMANDLINE"
+    ]
+    if given:
+        raise UsageError(f"{', '.join(given)} measures, so it needs --reproduce")
+    figure(None, output_dir)
+
+
+@app.command()
+def verify(
+    frameworks: Frameworks = None,
+    device: Device = "auto",
+    timeout: Timeout = _DEFAULT_TIMEOUT,
+    output_dir: OutputDir = _HERE,
+    cache_dir: CacheDir = None,
+) -> None:
+    """Compare frameworks with an fp32 reference."""
+    from memladder.cli import actions
+
+    request = actions.Request(
+        frameworks=frameworks,
+        device=device,
+        timeout_s=_seconds(timeout),
+        output_dir=output_dir,
+        cache_dir=cache_dir,
+    )
+    raise typer.Exit(actions.verify(request))
+
+
+@app.command()
+def tune(
+    models: Models = None,
+    frameworks: Frameworks = None,
+    shapes: Shapes = None,
+    device: Device = "cuda",
+    cache_dir: CacheDir = None,
+) -> None:
+    """Measure which cuts of Ladder's kernels are fastest on this GPU, and keep them."""
+    from memladder.cli import actions
+
+    request = actions.Request(
+        models=models,
+        frameworks=frameworks,
+        shapes=shapes,
+        device=device,
+        cache_dir=cache_dir,
+    )
+    raise typer.Exit(actions.tune(request))
+
+
+@app.command("frameworks")
+def list_frameworks(device: Device = "auto") -> None:
+    """What can run here, and what the rest is missing."""
+    from memladder.cli import actions
+
+    actions.show_frameworks(device)
+
+
+@app.command()
+def show(
+    record: Annotated[Path, typer.Argument(metavar="RECORD", help="A record's JSON file.")],
+) -> None:
+    """Explain one record: phases, settings, quality."""
+    from memladder.cli import actions
+
+    actions.show_record(record)
+
+
+@app.command()
+def table(
+    store: StorePath,
+    form: Annotated[str, typer.Option("--format", metavar="md|csv|json")] = "md",
+) -> None:
+    """Print a row for every case in STORE."""
+    from memladder.cli import actions
+
+    actions.print_table(store, form)
+
+
+@app.command()
+def floor(store: StorePath) -> None:
+    """Hold the engine's cells in STORE against the least they could take."""
+    from memladder.cli import actions
+
+    raise typer.Exit(actions.show_floor(store))
+
+
+@app.command()
+def quantize(
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(metavar="CHECKPOINT", help="A folder with config.json and safetensors."),
+    ],
+    out: Annotated[
+        Path, typer.Option("--out", metavar="DIR", help="Where the packed file is written.")
+    ],
+    layer: Annotated[str, typer.Option(metavar="N", help="Which decoder layer, from 0.")] = "0",
+    form: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            metavar="FORMAT",
+            help="int4, nf4, mxfp4, … and parameters: int4:group_size=64.",
+        ),
+    ] = "int4",
+) -> None:
+    """Pack a layer of a local checkpoint in a number format."""
+    from memladder.cli import quantizing
+
+    quantizing.quantize(checkpoint, _count("layer", layer, MAX_LAYER, least=0), form, out)
+
+
+@app.command("compile")
+def compile_layer(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A decoder layer as .onnx.")],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="A new folder.")],
+    engine: Annotated[str, typer.Option(metavar="welder|ladder")] = "ladder",
+    form: Annotated[str, typer.Option("--format", metavar="FORMAT", help="Of weights.")] = "fp16",
+    activation: Annotated[
+        str | None, typer.Option(metavar="FORMAT", help="Default: what goes with the weights.")
+    ] = None,
+    keep: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN", help="Matrices that stay in fp16; may be repeated."),
+    ] = None,
+    memory_budget: Annotated[
+        str | None, typer.Option(metavar="MIB", help="Of the arena; default: the knee.")
+    ] = None,
+) -> None:
+    """Compile a layer from ONNX: program, packed weights, schedule."""
+    from memladder.cli import compiling
+
+    budget = None
+    if memory_budget is not None:
+        budget = _count("memory budget", memory_budget, MAX_MIB) << 20
+    compiling.compile_model(
+        model,
+        out,
+        engine=engine,
+        form=form,
+        activation=activation,
+        kept=tuple(keep or ()),
+        budget=budget,
+    )
+
+
+@app.command("run")
+def run_layer(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="What `compile` has written.")],
+    given: Annotated[Path, typer.Option("--input", metavar="X.NPY", help="Hidden states.")],
+    out: Annotated[Path, typer.Option("--output", metavar="Y.NPY")],
+    device: Annotated[
+        str | None, typer.Option(metavar="cpu|cuda:N", help="Default: a GPU where there is one.")
+    ] = None,
+) -> None:
+    """Run a compiled layer on a GPU, or on the CPU."""
+    from memladder.cli import compiling
+
+    compiling.run_folder(folder, given, out, device)
+
+
+@app.command()
+def doctor() -> None:
+    """What this machine has, who uses its GPUs, what to fix."""
+    from memladder.cli import actions
+
+    raise typer.Exit(actions.doctor())
+
+
+@app.command()
+def calibrate(device: Device = "auto", output_dir: OutputDir = _HERE) -> None:
+    """Check the meter against a worker that takes known sizes."""
+    from memladder.cli import actions
+
+    raise typer.Exit(actions.calibrate(device, output_dir))
+
+
+@_env_app.command("create")
+def _env_create(
+    framework: EnvironmentOf,
+    device: Device = "auto",
+    python: Annotated[
+        str | None, typer.Option(metavar="PATH", help="The Python to make it of; default: ours.")
+    ] = None,
+) -> None:
+    """Make an environment from a framework's pinned requirements, under the cache folder."""
+    from memladder.cli import env_actions
+
+    env_actions.create(framework, device, python)
+
+
+@_env_app.command("use")
+def _env_use(
+    framework: EnvironmentOf,
+    python: Annotated[
+        str, typer.Option(metavar="PATH", help="An interpreter that has the framework.")
+    ],
+) -> None:
+    """Let a framework's workers start with an interpreter that is there already."""
+    from memladder.cli import env_actions
+
+    env_actions.use(framework, python)
+
+
+@_env_app.command("list")
+def _env_list() -> None:
+    """Whose Python each framework runs in."""
+    from memladder.cli import env_actions
+
+    env_actions.show()
+
+
+@_env_app.command("remove")
+def _env_remove(framework: EnvironmentOf) -> None:
+    """Delete a made environment; only forget one that was pointed to."""
+    from memladder.cli import env_actions
+
+    env_actions.remove(framework)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"memladder {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print and exit.")
+    ] = False,
+) -> None:
+    """How much memory an LLM layer needs under an inference framework, measured."""
+
+
+def _count(name: str, text: str, limit: int, least: int = 1) -> int:
+    """A whole number from `least` to `limit`. Raises UsageError."""
+    digits = text.strip()
+    value = int(digits) if digits.isascii() and digits.isdecimal() and len(digits) <= 18 else -1
+    if not least <= value <= limit:
+        raise UsageError(f"{name} {text[:40]!r} is not a whole number from {least} to {limit}")
+    return value
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise UsageError(f"timeout {text[:40]!r} is not a positive number of seconds")
+    return value
+
+
+def _interrupt(*_: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _run(application: typer.Typer) -> NoReturn:
+    """Run an application; every expected error is one line on stderr and exit status 2."""
+    for name in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(name, _interrupt)
+    arguments = sys.argv[1:] or (["--help"] if application is app else [])
+    try:
+        code = application(args=arguments, standalone_mode=False)
+    except UnavailableError as error:
+        _fail(f"{error}" + (f"; to get it: {error.hint}" if error.hint else ""))
+    except MemladderError as error:
+        _fail(str(error))
+    except BrokenPipeError:
+        # The reader went away (`| head`): nothing left to say, and nobody to say it to.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except (KeyboardInterrupt, typer.Abort):
+        code = _INTERRUPTED
+    except Exception as error:
+        # typer's usage errors share no importable base class across its versions.
+        if not hasattr(error, "format_message"):
+            raise
+        _fail(" ".join(error.format_message().split()))
+    if code == _INTERRUPTED:
+        # Some versions of typer turn the interrupt into this status themselves.
+        print(
+            "memladder: stopped; what was finished is kept, the same command does the rest",
+            file=sys.stderr,
+        )
+    sys.exit(code or 0)
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"memladder: error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def main() -> NoReturn:
+    """Entry point `memladder`."""
+    _run(app)
+
+
+def run_all() -> NoReturn:
+    """Entry point `run_all.py`."""
+    _run(_run_all_app)
+
+
+def measure_memory() -> NoReturn:
+    """Entry point `measure_memory.py`."""
+    _run(_measure_app)

@@ -1,0 +1,1 @@
+"""What everybody speaks of: cases, records, devices, processes, errors, files, units."""

@@ -1,0 +1,347 @@
+"""The record: everything known about one measured case, immutable and schema-versioned.
+
+docs/record.md describes each field. Sizes are bytes, times seconds, both from the monotonic clock.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from memladder.core import serial
+from memladder.core.case import Case, Workload
+from memladder.core.errors import MemladderError, RecordError
+from memladder.core.plan import CompilerPlan
+from memladder.core.serial import StrEnum
+
+SCHEMA = 1
+T = TypeVar("T")
+
+PHASES = ("import", "context", "weights", "compile", "first run", "steady")
+
+
+class Status(StrEnum):
+    """How a case ended. Only `measured` may be drawn as a measurement."""
+
+    MEASURED = "measured"
+    PLANNED = "planned"
+    PREDICTED = "predicted"
+    OOM = "oom"
+    UNAVAILABLE = "unavailable"
+    FAILED = "failed"
+    TIMEOUT = "timeout"
+
+
+class Source(StrEnum):
+    """Where the headline bytes of a run come from."""
+
+    NVML_PROCESS = "nvml_process"
+    NVML_DEVICE_DELTA = "nvml_device_delta"
+    PSS = "pss"
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where a case ran. `device` is the GPU's name, or the processor's for the CPU."""
+
+    device: str
+    # Virtual machines exist that grow as memory is used: sizes say nothing of which machine it is.
+    device_memory_bytes: int = field(compare=False)
+    driver: str | None
+    cuda: str | None
+    cpu: str
+    cores: int
+    memory_bytes: int = field(compare=False)
+    os: str
+    kernel: str
+
+
+@dataclass(frozen=True)
+class Environment:
+    """The machine and the software of one record.
+
+    `python` and `packages` are the worker's. `interpreter` says whose they are: None for
+    memladder's own, else `environments.Interpreter.label`.
+    """
+
+    machine: Machine
+    python: str
+    packages: Mapping[str, str]
+    variables: Mapping[str, str]
+    commit: str | None
+    memladder: str
+    interpreter: str | None = None
+
+    @property
+    def python_label(self) -> str:
+        """The worker's Python in words: its version, and whose it is where it is not our own."""
+        return f"{self.python} ({self.interpreter})" if self.interpreter else self.python
+
+    def same_as(self, other: Environment) -> bool:
+        """Would the two give comparable numbers? The commit alone does not decide that."""
+        return (self.machine, self.python, self.packages, self.variables, self.memladder) == (
+            other.machine,
+            other.python,
+            other.packages,
+            other.variables,
+            other.memladder,
+        )
+
+
+@dataclass(frozen=True)
+class LayerFacts:
+    """The layer that ran: its configuration, its parameters, the seed of its weights."""
+
+    config: Mapping[str, Any]
+    digest: str
+    parameters: int
+    weight_bytes: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class ForeignProcess:
+    """A process of somebody else seen on the device; `peak_bytes` where the driver tells them."""
+
+    pid: int
+    name: str
+    peak_bytes: int | None
+
+
+@dataclass(frozen=True)
+class PhaseUse:
+    """One phase of one run. `peak_bytes`, `end_bytes` and the device's are of the run's `source`.
+
+    RSS is polled at the full rate, PSS counted less often: `pss_missed_bytes` is how far RSS rose
+    above the highest value at which PSS was counted, and so bounds what `pss_peak_bytes` can lack.
+    """
+
+    name: str
+    start_s: float
+    end_s: float
+    polls: int
+    peak_bytes: int
+    end_bytes: int
+    device_peak_bytes: int | None
+    device_total_peak_bytes: int | None
+    pss_peak_bytes: int
+    uss_peak_bytes: int
+    rss_peak_bytes: int
+    pss_missed_bytes: int
+
+    def __post_init__(self) -> None:
+        if self.name not in PHASES:
+            raise RecordError(f"phase {self.name!r} is not one of {', '.join(PHASES)}")
+
+
+@dataclass(frozen=True)
+class TracePoint:
+    """One kept poll: time since the run's start, and what was read then."""
+
+    s: float
+    device_bytes: int | None
+    pss_bytes: int
+    rss_bytes: int
+
+
+@dataclass(frozen=True)
+class Run:
+    """One repeat of a case, from its own process."""
+
+    started: str
+    source: Source
+    phases: tuple[PhaseUse, ...]
+    passes: int
+    polls: int
+    polls_per_s: float
+    longest_gap_s: float
+    idle_device_bytes: int | None
+    foreign: tuple[ForeignProcess, ...]
+    categories: Mapping[str, int]
+    trace: tuple[TracePoint, ...]
+
+    @property
+    def steady_bytes(self) -> int:
+        """High-water mark of the steady phase: what the process needs to go on working."""
+        return next(phase.peak_bytes for phase in self.phases if phase.name == "steady")
+
+    @property
+    def peak_bytes(self) -> int:
+        """High-water mark of the whole run, loading and compiling included."""
+        return max(phase.peak_bytes for phase in self.phases)
+
+
+@dataclass(frozen=True)
+class Record:
+    """One case and how it ended. Measured bytes exist only where `status` is `measured`.
+
+    `plan` is there where it is `planned`; `asked_bytes` is then all of the plan's bytes.
+    """
+
+    case: Case
+    status: Status
+    reason: str | None
+    hint: str | None
+    asked_bytes: int | None
+    layer: LayerFacts | None
+    settings: Mapping[str, str | int | float | bool]
+    environment: Environment
+    runs: tuple[Run, ...]
+    plan: CompilerPlan | None = None
+    schema: int = SCHEMA
+
+    def __post_init__(self) -> None:
+        if self.schema != SCHEMA:
+            raise RecordError(f"schema {self.schema} is not {SCHEMA}, the one this version reads")
+        if (self.status is Status.MEASURED) != bool(self.runs):
+            raise RecordError(f"{self.case.id}: status {self.status} with {len(self.runs)} runs")
+        if (self.status is Status.PLANNED) != (self.plan is not None):
+            raise RecordError(f"{self.case.id}: status {self.status} and plan {self.plan}")
+        if self.plan is not None and self.asked_bytes != self.plan.nbytes:
+            raise RecordError(f"{self.case.id}: {self.asked_bytes} bytes, plan {self.plan.nbytes}")
+        if self.status is not Status.MEASURED and not self.reason:
+            raise RecordError(f"{self.case.id}: status {self.status} without a reason")
+        for run in self.runs:
+            if "steady" not in {phase.name for phase in run.phases}:
+                raise RecordError(f"{self.case.id}: a run without a steady phase")
+
+    @property
+    def steady_bytes(self) -> int | None:
+        """Median over the runs of the steady phase's high-water mark; None unless measured."""
+        return round(statistics.median(r.steady_bytes for r in self.runs)) if self.runs else None
+
+    @property
+    def peak_bytes(self) -> int | None:
+        """Largest high-water mark of any run and phase; None unless measured."""
+        return max((run.peak_bytes for run in self.runs), default=None)
+
+    @property
+    def spread(self) -> float | None:
+        """(max − min) / median of `steady_bytes` over the runs; None below two runs."""
+        if len(self.runs) < 2:
+            return None
+        values = [run.steady_bytes for run in self.runs]
+        return (max(values) - min(values)) / statistics.median(values)
+
+
+@dataclass(frozen=True)
+class Check:
+    """One comparison with the fp32 reference: ‖y − ref‖ / ‖ref‖ over `tokens` and its bound.
+
+    `tokens` counts the leading tokens of each sequence that were compared. Where the weights are
+    quantised, `ref` has the same quantised weights, and `quantisation_error` is the error against
+    the true layer.
+    """
+
+    model: str
+    shape: Workload
+    tokens: int
+    error: float
+    tolerance: float
+    quantisation_error: float | None = None
+
+    @property
+    def sqnr_db(self) -> float | None:
+        """Signal to quantisation noise of the layer's output: −20 log10 of the error."""
+        lost = self.quantisation_error
+        return -20 * math.log10(lost) if lost else None
+
+    @property
+    def agrees(self) -> bool:
+        """NaN never agrees."""
+        return self.error <= self.tolerance
+
+
+@dataclass(frozen=True)
+class StructureCheck:
+    """What a framework holds, where its output can't be read, against the layer that it should run.
+
+    `weight_bytes` are held, `expected_bytes` the format's closed form; `differing` names parameters
+    that are missing, are of another shape, or are not the layer's.
+    """
+
+    model: str
+    shape: Workload
+    layers: int
+    weight_bytes: int
+    expected_bytes: int
+    differing: tuple[str, ...]
+
+    @property
+    def agrees(self) -> bool:
+        """One layer, all of its parameters, in the row's format."""
+        fits = weights_fit(self.weight_bytes, self.expected_bytes)
+        return self.layers == 1 and not self.differing and fits
+
+    def explain(self) -> str:
+        """What was compared, in words."""
+        layers = "1 layer" if self.layers == 1 else f"{self.layers} layers"
+        shapes = f"differing: {', '.join(self.differing)}" if self.differing else "all shapes right"
+        return (
+            f"{layers}, {shapes}, {self.weight_bytes} bytes of weights where "
+            f"{self.expected_bytes} are expected"
+        )
+
+
+def weights_fit(held: int, expected: int) -> bool:
+    """Are the bytes of the weights those of their format, padding aside?
+
+    One matrix in fp16 where 8 bits were asked for would add 1 % at least: the smallest of the
+    figure's layers, LLaMA's k, has 1 % of the parameters.
+    """
+    return abs(held - expected) <= expected // 200
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Whether a framework computes the layers' function, in one environment.
+
+    `structure` has the checks of a framework whose outputs can't be read.
+    """
+
+    framework: str
+    device: str
+    checks: tuple[Check, ...]
+    settings: Mapping[str, str | int | float | bool]
+    environment: Environment
+    structure: tuple[StructureCheck, ...] | None = None
+    schema: int = SCHEMA
+
+    @property
+    def models(self) -> frozenset[str]:
+        """The models whose layers were checked."""
+        return frozenset(check.model for check in self._all())
+
+    @property
+    def agrees(self) -> bool:
+        """All checks agree, and there was at least one."""
+        return bool(self._all()) and all(check.agrees for check in self._all())
+
+    def _all(self) -> tuple[Check | StructureCheck, ...]:
+        return (*self.checks, *(self.structure or ()))
+
+
+def dumps(record: Record | Verification) -> str:
+    """The JSON text of a record."""
+    return json.dumps(serial.to_json(record), indent=1, allow_nan=True) + "\n"
+
+
+def loads_record(text: str) -> Record:
+    """The record in a JSON text. Raises RecordError."""
+    return _loads(Record, text)
+
+
+def loads_verification(text: str) -> Verification:
+    """The verification in a JSON text. Raises RecordError."""
+    return _loads(Verification, text)
+
+
+def _loads(kind: type[T], text: str) -> T:
+    try:
+        return serial.from_json(kind, json.loads(text))
+    except (ValueError, MemladderError, RecursionError) as error:
+        raise RecordError(f"not a memladder {kind.__name__.lower()}: {error}") from None

@@ -1,4 +1,0 @@
-"""A canonical graph in, a planned program and its weights out.
-
-fuse (nodes ──▶ kernels with prologues and epilogues) ──▶ lower (chunks of tokens) ──▶ program
-"""

@@ -1,0 +1,254 @@
+"""Operator by operator from an ONNX model to canonical nodes.
+
+`operators.TABLE` says what an operator does to values, `scores` what attention is made of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+
+from memladder.core.case import Workload
+from memladder.core.errors import GraphError
+from memladder.engine.frontend import onnx_file, rules, views
+from memladder.engine.frontend.axes import Axes, LayoutError, token_axes
+from memladder.engine.frontend.fold import fold
+from memladder.engine.frontend.onnx_file import Model, Operator
+from memladder.engine.frontend.positions import PositionError, read_rotation
+from memladder.engine.frontend.scores import Scores
+from memladder.engine.frontend.views import Term, Value
+from memladder.engine.graph.nodes import (
+    Array,
+    ByColumn,
+    Columns,
+    Concat,
+    Graph,
+    Input,
+    Linear,
+    Node,
+    Nodes,
+    Norm,
+    Pointwise,
+    Rotary,
+    Weight,
+)
+
+Operand: TypeAlias = Array | Value | Scores | None
+
+
+def load(path: Path, given: Mapping[str, np.ndarray] | None = None) -> Graph:
+    """The canonical graph of the layer in an ONNX file. `given`: see `onnx_file.read`.
+
+    Raises GraphError, one line, for a file that can't be read and for operators, types and layouts
+    that are not supported; it names operator and node.
+    """
+    return convert(onnx_file.read(path, given))
+
+
+def convert(model: Model) -> Graph:
+    """The canonical graph of a model that was read."""
+    from memladder.engine.frontend.operators import TABLE
+
+    converter = Converter(model.shape)
+    entry = converter.nodes(Input(model.hidden_size, model.input))
+    axes = (*token_axes(model.shape), (model.hidden_size,))
+    values: dict[str, Operand] = dict(model.constants)
+    values[model.input] = views.whole(entry, axes, model.shape)
+    for operator in model.operators:
+        unknown = [name for name in operator.inputs if name and name not in values]
+        if unknown:
+            raise GraphError(f"operator {operator} reads {unknown[0]!r}, which nothing computes")
+        given = [values[name] if name else None for name in operator.inputs]
+        constant = all(isinstance(operand, Array | None) for operand in given)
+        if constant:
+            found: list[Operand] = list(fold(operator, given, model.opset))  # type: ignore[arg-type]
+        elif operator.op not in TABLE:
+            raise GraphError(f"unsupported operator {operator}")
+        else:
+            converter.operator = operator
+            try:
+                made = TABLE[operator.op](converter, operator, given)
+            except (LayoutError, PositionError) as error:
+                raise GraphError(f"operator {operator}: {error}") from None
+            found = list(made) if isinstance(made, list) else [made]
+        values |= dict(zip(operator.outputs, found, strict=False))
+    return _finished(converter, model, entry, values.get(model.output))
+
+
+def _finished(converter: Converter, model: Model, entry: Node, output: Operand) -> Graph:
+    if not isinstance(output, Value):
+        raise GraphError(f"the output {model.output!r} does not depend on the hidden states")
+    shape = (model.shape.batch_size, model.shape.seq_len, model.hidden_size)
+    if output.shape != shape:
+        raise GraphError(f"the output {model.output!r} is {output.shape}, the input {shape}")
+    try:
+        last = converter.flat(output)
+    except (LayoutError, PositionError) as error:
+        raise GraphError(f"output {model.output!r}: {error}") from None
+    return rules.canonical(Graph(model.shape, entry, last), converter.nodes)
+
+
+class Converter:
+    """Makes nodes of values."""
+
+    def __init__(self, shape: Workload) -> None:
+        self.nodes = Nodes()
+        self.tokens = shape
+        self.operator: Operator | None = None
+        self.arrays: dict[object, Array] = {}
+
+    @property
+    def source(self) -> str:
+        """The operator at work."""
+        return "" if self.operator is None else self.operator.name
+
+    def whole(self, node: Node, axes: Axes) -> Value:
+        """All of a node, as a value of those axes."""
+        return views.whole(node, axes, self.tokens)
+
+    def flat(self, value: Value) -> Node:
+        """A node whose columns are the value's, in the value's order."""
+        settled = self.settled(value)
+        return self.select(settled.node, settled.terms[0].index.reshape(-1))
+
+    def settled(self, value: Value) -> Value:
+        """The value as columns of one node: scales, tables and sums are made nodes."""
+        terms = _simplified(value)
+        if len(terms) == 1:
+            (term,) = terms
+            if term.scale == 1.0 and term.table is None:
+                return Value(value.node, value.axes, terms, value.tokens)
+            node = self._scaled(self.select(value.node, term.index.reshape(-1)), term)
+            return self.whole(node, value.axes)
+        if len(terms) == 2 and any(term.table is not None for term in terms):
+            return self._rotated(value, terms)
+        parts = [self.flat(Value(value.node, value.axes, (t,), value.tokens)) for t in terms]
+        found = parts[0]
+        for part in parts[1:]:
+            found = self.nodes(Pointwise(found.columns, self.source, "add", (found, part)))
+        return self.whole(found, value.axes)
+
+    def select(self, node: Node, index: np.ndarray) -> Node:
+        """Columns of a node: pushed down to a weight's rows where that can be."""
+        if np.array_equal(index, np.arange(node.columns)):
+            return node
+        size = len(index)
+        if isinstance(node, Linear):
+            weight = Weight(node.weight.array, node.weight.rows[index], node.weight.factor)
+            return self.nodes(Linear(size, node.source, node.x, weight, _of(node.bias, index)))
+        if isinstance(node, Columns):
+            return self.select(node.x, node.index[index])
+        if isinstance(node, ByColumn):
+            x = self.select(node.x, index)
+            factor, offset = _of(node.factor, index), _of(node.offset, index)
+            return self.nodes(ByColumn(size, node.source, x, factor, offset))
+        if isinstance(node, Pointwise):
+            parts = tuple(self.select(operand, index) for operand in node.operands)
+            return self.nodes(Pointwise(size, node.source, node.function, parts, node.numbers))
+        if isinstance(node, Norm) and _whole_groups(index, node.group):
+            x = self.select(node.x, index)
+            weight_, bias = _of(node.weight, index), _of(node.bias, index)
+            return self.nodes(
+                Norm(size, node.source, x, node.kind, node.group, node.eps, weight_, bias)
+            )
+        if isinstance(node, Concat):
+            start = 0
+            for part in node.parts:
+                if start <= index.min() and index.max() < start + part.columns:
+                    return self.select(part, index - start)
+                start += part.columns
+        return self.nodes(Columns(size, node.source, node, index))
+
+    def _scaled(self, node: Node, term: Term) -> Node:
+        if term.table is None:
+            numbers = (term.scale,)
+            return self.nodes(Pointwise(node.columns, self.source, "scale", (node,), numbers))
+        if (term.table != term.table[:1]).any():
+            raise LayoutError("numbers by position that are no rotation")
+        factor = np.broadcast_to(term.table[0] * term.scale, term.index.shape).reshape(-1)
+        return self.nodes(
+            ByColumn(node.columns, self.source, node, factor.astype(np.float32), None)
+        )
+
+    def _rotated(self, value: Value, terms: tuple[Term, ...]) -> Value:
+        """A rotation; its columns are ordered so that halves of a head are paired."""
+        dim = value.columns[-1] if value.columns else 1
+        factors = np.stack(np.broadcast_arrays(*(_by_head(term, dim) for term in terms)))
+        found = np.stack([term.index.reshape(-1, dim) for term in terms])
+        # cos 0 = 1 and sin 0 = 0: the first position tells which of the two is the column itself.
+        own = np.take_along_axis(found, np.abs(factors[:, :1]).argmax(axis=0)[np.newaxis], 0)
+        found = np.where((factors == 0).all(axis=1)[:, np.newaxis], own, found)
+        # Each head's own columns, counted from its first: all heads must be alike.
+        base = own[0].min(axis=1, keepdims=True)
+        places = found - base
+        if (places != places[:, :1]).any() or (np.sort(places[0, 0]) != np.arange(dim)).any():
+            raise PositionError("heads that are rotated in several ways")
+        rotation = read_rotation(places[:, 0], factors)
+        order = (base + rotation.order).reshape(-1)
+        x = self.select(value.node, order)
+        if rotation.scale != 1.0:
+            x = self._scaled(x, Term(order, rotation.scale))
+        node: Node = self.nodes(Rotary(x.columns, self.source, x, dim, rotation.frequencies))
+        back = np.empty(dim, int)
+        back[rotation.order] = np.arange(dim)
+        index = np.arange(x.columns).reshape(-1, dim)[:, back].reshape(value.columns)
+        return Value(node, value.axes, (Term(index),), value.tokens)
+
+
+def _by_head(term: Term, dim: int) -> np.ndarray:
+    """The term's factors [seq_len, head_dim], the same for all heads."""
+    table = np.ones((1,) * (term.index.ndim + 1)) if term.table is None else term.table
+    table = np.broadcast_to(table, (*table.shape[:-1], dim))
+    if not np.isfinite(table).all():
+        raise PositionError("numbers by position that are not finite")
+    flat = table.reshape(len(table), -1, dim)
+    if (flat != flat[:, :1]).any():
+        raise PositionError("heads that are rotated by several angles")
+    return np.asarray(flat[:, 0], np.float64) * term.scale
+
+
+def _simplified(value: Value) -> tuple[Term, ...]:
+    """Terms that count: no zeros, equal columns added up, tables of one number made a scale."""
+    found: dict[bytes, Term] = {}
+    for term in value.terms:
+        if term.table is not None and (term.table == term.table.flat[0]).all():
+            term = Term(term.index, term.scale * float(term.table.flat[0]))
+        if term.scale == 0.0:
+            continue
+        key = np.ascontiguousarray(term.index).tobytes()
+        if key in found:
+            term = _sum(found[key], term)
+        found[key] = term
+    if not found:
+        raise LayoutError("a value that is zero")
+    return tuple(found.values())
+
+
+def _sum(one: Term, other: Term) -> Term:
+    if one.table is None and other.table is None:
+        return Term(one.index, one.scale + other.scale)
+    tables = [t.scale * (1.0 if t.table is None else t.table) for t in (one, other)]
+    return Term(one.index, 1.0, np.asarray(tables[0] + tables[1]))
+
+
+def _of(vector: np.ndarray | None, index: np.ndarray) -> np.ndarray | None:
+    return None if vector is None else vector[index]
+
+
+def _whole_groups(index: np.ndarray, group: int) -> bool:
+    """Is each neighbouring `group` of the index one of the node's groups, in any order?"""
+    if len(index) % group:
+        return False
+    own = index.reshape(-1, group)
+    first = own[:, :1] // group * group
+    return bool((np.sort(own, axis=1) == first + np.arange(group)).all())
+
+
+def scalar(array: Array) -> float | None:
+    """The constant's number, if all of it is one and the same."""
+    if not array.data.size or (array.data.size > 1 and (array.data != array.data.flat[0]).any()):
+        return None
+    return float(array.data.flat[0])

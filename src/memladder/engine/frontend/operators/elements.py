@@ -1,0 +1,206 @@
+"""Elementwise operators."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from memladder.engine.frontend import views
+from memladder.engine.frontend.axes import LayoutError
+from memladder.engine.frontend.convert import Converter, scalar
+from memladder.engine.frontend.onnx_file import Operator
+from memladder.engine.frontend.operators.operands import (
+    Result,
+    Rule,
+    as_array,
+    as_value,
+    broadcast,
+    constant_last,
+)
+from memladder.engine.frontend.scores import Scores
+from memladder.engine.frontend.views import Value
+from memladder.engine.graph.nodes import Array, ByColumn, Linear, Node, Norm, Pointwise
+
+
+def _unary(function: str) -> Rule:
+    def rule(converter: Converter, operator: Operator, given: Sequence[Any]) -> Result:
+        return mapped(converter, function, as_value(given[0]))
+
+    return rule
+
+
+def mapped(converter: Converter, function: str, x: Value, numbers: tuple[float, ...] = ()) -> Value:
+    node = converter.flat(x)
+    made = Pointwise(node.columns, converter.source, function, (node,), numbers)
+    return converter.whole(converter.nodes(made), x.axes)
+
+
+def _tanh(converter: Converter, operator: Operator, given: Sequence[Any]) -> Result:
+    if isinstance(given[0], Scores):
+        return given[0].tanh()
+    return mapped(converter, "tanh", as_value(given[0]))
+
+
+def _gelu(converter: Converter, operator: Operator, given: Sequence[Any]) -> Result:
+    exact = operator.attributes.get("approximate", "none") == "none"
+    return mapped(converter, "gelu" if exact else "gelu_tanh", as_value(given[0]))
+
+
+def _swish(converter: Converter, operator: Operator, given: Sequence[Any]) -> Result:
+    alpha = float(operator.attributes.get("alpha", 1.0))
+    x = as_value(given[0])
+    if alpha == 1.0:
+        return mapped(converter, "silu", x)
+    gate = mapped(converter, "sigmoid", views.scaled(x, alpha))
+    return both(converter, "mul", x, gate)
+
+
+def _neg(converter: Converter, operator: Operator, given: Sequence[Any]) -> Result:
+    return views.scaled(as_value(given[0]), -1.0)
+
+
+def _pow(converter: Converter, operator: Operator, given: Sequence[Any]) -> Result:
+    exponent = scalar(as_array(operator, given, 1))
+    if exponent is None:
+        raise LayoutError("an exponent that is not one number")
+    return mapped(converter, "pow", as_value(given[0]), (exponent,))
+
+
+def _clip(converter: Converter, operator: Operator, given: Sequence[Any]) -> Result:
+    least, most = (
+        (float(given[i].data) if len(given) > i and given[i] is not None else sign * math.inf)
+        for i, sign in ((1, -1), (2, 1))
+    )
+    return mapped(converter, "clip", as_value(given[0]), (least, most))
+
+
+def _extreme(function: str) -> Rule:
+    def rule(converter: Converter, operator: Operator, given: Sequence[Any]) -> Result:
+        x, bound = constant_last(given)
+        number = scalar(bound) if isinstance(bound, Array) else None
+        if number is None or len(given) != 2:
+            raise LayoutError("operands of which one is not a number")
+        if isinstance(x, Scores):
+            if function == "max" and number <= -1e4:
+                # A floor for masked scores.
+                return x
+            raise LayoutError("scores that are clipped")
+        limits = (number, math.inf) if function == "max" else (-math.inf, number)
+        return mapped(converter, "clip", as_value(x), limits)
+
+    return rule
+
+
+def _mul(converter: Converter, operator: Operator, given: Sequence[Any]) -> Result:
+    x, other = constant_last(given)
+    if not isinstance(other, Array):
+        return both(converter, "mul", as_value(x), as_value(other))
+    number = scalar(other)
+    if isinstance(x, Scores):
+        if number is None:
+            raise LayoutError("scores times several numbers")
+        return x.scaled(number)
+    x = broadcast(as_value(x), other.data.shape)
+    return views.times(x, other.data) if number is None else views.scaled(x, number)
+
+
+def _div(converter: Converter, operator: Operator, given: Sequence[Any]) -> Result:
+    x, other = given
+    if isinstance(other, Array):
+        inverse = Array(other.name, 1.0 / np.asarray(other.data, np.float32))
+        return _mul(converter, operator, [x, inverse])
+    if isinstance(x, Array):
+        return _mul(converter, operator, [mapped(converter, "reciprocal", as_value(other)), x])
+    return both(converter, "div", as_value(x), as_value(other))
+
+
+def _add(converter: Converter, operator: Operator, given: Sequence[Any]) -> Result:
+    x, other = constant_last(given)
+    if not isinstance(other, Array):
+        return both(converter, "add", as_value(x), as_value(other))
+    if isinstance(x, Scores):
+        return x.plus(other.data)
+    return plus(converter, as_value(x), other)
+
+
+def _sub(converter: Converter, operator: Operator, given: Sequence[Any]) -> Result:
+    x, other = given
+    if isinstance(other, Array):
+        return _add(converter, operator, [x, Array(other.name, -np.asarray(other.data))])
+    negative = views.scaled(as_value(other), -1.0)
+    if isinstance(x, Array):
+        return _add(converter, operator, [negative, x])
+    return both(converter, "add", as_value(x), negative)
+
+
+def plus(converter: Converter, x: Value, other: Array) -> Value:
+    """A constant added: a number, or a vector by column."""
+    x = broadcast(x, other.data.shape)
+    number = scalar(other)
+    if number == 0.0:
+        return x
+    node = converter.flat(x)
+    flat = converter.whole(node, x.axes).merged()
+    numbers = views.table(flat, np.asarray(other.data, np.float32))
+    if (numbers != numbers[:1]).any():
+        raise LayoutError("numbers by position that are added")
+    offset = np.ascontiguousarray(np.broadcast_to(numbers[0], flat.columns)).reshape(-1)
+    return converter.whole(_offset(converter, node, offset, number), x.axes)
+
+
+def _offset(converter: Converter, node: Node, offset: np.ndarray, number: float | None) -> Node:
+    nodes = converter.nodes
+    if isinstance(node, Linear) and node.bias is None:
+        return nodes(Linear(node.columns, node.source, node.x, node.weight, offset))
+    if isinstance(node, Norm) and node.bias is None:
+        return nodes(replace(node, bias=offset))
+    if number is not None:
+        return nodes(Pointwise(node.columns, converter.source, "plus", (node,), (number,)))
+    return nodes(ByColumn(node.columns, converter.source, node, None, offset))
+
+
+def both(converter: Converter, function: str, x: Value, other: Value) -> Value:
+    """A function of two activations."""
+    shape = np.broadcast_shapes(x.shape, other.shape)
+    x, other = views.refined(broadcast(x, shape), broadcast(other, shape))
+    if function == "add" and x.node is other.node:
+        return views.add(x, other)
+    one, two = converter.flat(x), converter.flat(other)
+    made = Pointwise(one.columns, converter.source, function, (one, two))
+    return converter.whole(converter.nodes(made), x.axes)
+
+
+def _where(converter: Converter, operator: Operator, given: Sequence[Any]) -> Result:
+    condition, yes, no = given
+    if not isinstance(condition, Array):
+        raise LayoutError("a condition that depends on the hidden states")
+    kept, x, other = (True, yes, no) if isinstance(no, Array) else (False, no, yes)
+    number = scalar(other) if isinstance(other, Array) else None
+    if not isinstance(x, Scores) or number is None or number > -1e4:
+        raise LayoutError("a choice that masks no scores")
+    return x.plus(np.where(np.asarray(condition.data) == kept, 0.0, -np.inf))
+
+
+TABLE: Mapping[str, Rule] = {
+    "Neg": _neg,
+    "Add": _add,
+    "Sub": _sub,
+    "Mul": _mul,
+    "Div": _div,
+    "Pow": _pow,
+    "Clip": _clip,
+    "Max": _extreme("max"),
+    "Min": _extreme("min"),
+    "Where": _where,
+    "Tanh": _tanh,
+    "Gelu": _gelu,
+    "Swish": _swish,
+    **{
+        op: _unary(op.lower())
+        for op in ("Sigmoid", "Erf", "Relu", "Exp", "Log", "Sqrt", "Reciprocal", "Abs", "Softplus")
+    },
+}

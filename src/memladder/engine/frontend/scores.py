@@ -1,0 +1,223 @@
+"""Attention's scores while the model is read: never a matrix, only what it is made of.
+
+q · kᵀ begins one; scalars, a soft cap, masks and ALiBi are noted on it; softmax seals it; the
+product with v ends it, as one Attention node.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from itertools import zip_longest
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from memladder.core.case import Workload
+from memladder.engine.frontend import views
+from memladder.engine.frontend.axes import (
+    Axes,
+    Axis,
+    LayoutError,
+    align,
+    regroup,
+    same_for_all,
+    shape_of,
+    token_axes,
+)
+from memladder.engine.frontend.positions import Bias, read_bias
+from memladder.engine.frontend.views import Value
+from memladder.engine.graph.nodes import Attention, Node
+
+if TYPE_CHECKING:
+    from memladder.engine.frontend.convert import Converter
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """query, key: [batch…, tokens, head_dim]. axes: [batch…, query, key] as the model has them."""
+
+    query: Value
+    key: Value
+    axes: Axes
+    scale: float = 1.0
+    softcap: float | None = None
+    capped: bool = False
+    biases: tuple[Bias, ...] = ()
+    causal: bool = False
+    softmaxed: bool = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As in the model."""
+        return shape_of(self.axes, self.query.tokens)
+
+    def scaled(self, factor: float) -> Scores:
+        """All scores times a number."""
+        if self.softmaxed:
+            raise LayoutError("probabilities that are multiplied")
+        if self.capped and self.softcap is None:
+            # tanh(s / c) · c: the number is the cap, which has divided before.
+            return replace(self, softcap=factor, scale=self.scale * factor)
+        if self.capped:
+            raise LayoutError("scores that are multiplied after their cap")
+        biases = tuple(
+            b if b.slopes is None else replace(b, slopes=b.slopes * np.float32(factor))
+            for b in self.biases
+        )
+        return replace(self, scale=self.scale * factor, biases=biases)
+
+    def tanh(self) -> Scores:
+        """The inner half of a soft cap."""
+        if self.capped or self.softmaxed or any(b.slopes is not None for b in self.biases):
+            raise LayoutError("scores of which the hyperbolic tangent is taken")
+        return replace(self, capped=True)
+
+    def plus(self, added: np.ndarray) -> Scores:
+        """With a constant added that is broadcast against the scores."""
+        if self.softmaxed or (self.capped and self.softcap is None):
+            raise LayoutError("a constant that is added to probabilities")
+        tokens = self.query.tokens
+        aligned = align(self.axes, np.asarray(added, np.float32), tokens)
+        kinds = [f for axis in self.axes for f in axis]
+        if tokens.seq_len == 1:
+            # One key has all the weight, whatever its score.
+            return self
+        aligned = same_for_all(aligned, [i for i, f in enumerate(kinds) if f == "b"])
+        heads = [i for i, f in enumerate(kinds) if isinstance(f, int)]
+        order = [i for i, f in enumerate(kinds) if f == "b"]
+        order += [*heads, kinds.index("s"), kinds.index("k")]
+        sizes = [f for f in kinds if isinstance(f, int)]
+        moved = aligned.transpose(order)
+        moved = moved.reshape(moved.shape[-len(heads) - 2 :])
+        if math.prod(moved.shape[:-2]) > 1:
+            moved = np.broadcast_to(moved, (*sizes, *moved.shape[-2:]))
+        moved = moved.reshape(-1, *moved.shape[-2:])
+        if moved.shape[-1] == 1:
+            if not np.isfinite(moved).all():
+                raise LayoutError("whole rows of scores that are masked")
+            # The same for all of a query's keys: softmax does not see it.
+            return self
+        return replace(self, biases=(*self.biases, read_bias(moved)))
+
+    def reshaped(self, shape: tuple[int, ...]) -> Scores:
+        """Batch axes regrouped."""
+        return replace(self, axes=regroup(self.axes, shape, self.query.tokens))
+
+
+def begin(query: Value, key: Value) -> Scores:
+    """q · kᵀ. query [batch…, tokens, head_dim], key [batch…, tokens, head_dim]."""
+    query, key = query.merged(), key.merged()
+    tokens = token_axes(query.tokens)[1]
+    for value in (query, key):
+        if value.axes[-2] != tokens or not value.columns:
+            raise LayoutError("a product of two activations that is no attention")
+    last: Axis = ("k",) if tokens else ()
+    # The one that has fewer axes is as if it had more of size 1 in front.
+    pairs = zip_longest(reversed(query.axes[:-2]), reversed(key.axes[:-2]), fillvalue=())
+    batch = [one if shape_of((one,), query.tokens) != (1,) else other for one, other in pairs]
+    batch.reverse()
+    return Scores(query, key, (*batch, tokens, last))
+
+
+def finish(converter: Converter, scores: Scores, value: Value) -> Value:
+    """softmax(scores) · v, v [batch…, tokens, head_dim]."""
+    value = value.merged()
+    tokens = scores.query.tokens
+    if not scores.softmaxed or value.axes[-2] != token_axes(tokens)[1]:
+        raise LayoutError("a product of two activations that is no attention")
+    query, q_index, q_scale = _by_head(converter, scores.query)
+    key, k_index, k_scale = _by_head(converter, scores.key)
+    own, v_index, v_scale = _by_head(converter, value)
+    # q · k is the same in any order of a head's columns, if both have it.
+    order = np.argsort(q_index[0])
+    q_index, k_index = q_index[:, order], k_index[:, order]
+    heads = len(q_index)
+    k_index, v_index, kv_heads = _grouped(k_index, v_index, heads)
+    causal, window, slopes = _bias(scores, tokens, heads)
+    if not causal and tokens.seq_len > 1:
+        raise LayoutError("attention that is not causal")
+    attention = Attention(
+        heads * v_index.shape[1],
+        converter.source,
+        converter.select(query, q_index.reshape(-1)),
+        converter.select(key, k_index.reshape(-1)),
+        converter.select(own, v_index.reshape(-1)),
+        heads,
+        kv_heads,
+        scores.scale * q_scale * k_scale,
+        slopes,
+        window,
+        scores.softcap,
+    )
+    added: Axes = ((),) * (len(value.axes) - len(scores.axes))
+    axes = (*added, *scores.axes[:-1], (v_index.shape[1],))
+    found = converter.whole(converter.nodes(attention), axes)
+    return views.scaled(found, v_scale)
+
+
+def _by_head(converter: Converter, value: Value) -> tuple[Node, np.ndarray, float]:
+    """A node, which of its columns each head has [heads, head_dim], and a number that is left."""
+    scale = value.terms[0].scale
+    if any(term.scale != scale for term in value.terms) or scale == 0.0:
+        scale = 1.0
+    settled = converter.settled(_unrepeated(views.scaled(value, 1 / scale)))
+    index = settled.terms[0].index
+    return settled.node, index.reshape(-1, index.shape[-1]), scale
+
+
+def _unrepeated(value: Value) -> Value:
+    """[heads, tokens, head_dim]: of neighbouring heads that are the same only one is kept."""
+    dim = value.columns[-1]
+    rows = np.concatenate([term.index.reshape(-1, dim) for term in value.terms], axis=1)
+    heads = group = len(rows)
+    while group > 1 and (heads % group or (np.repeat(rows[::group], group, axis=0) != rows).any()):
+        group -= 1
+    tables = [None if term.table is None else _same_by_head(term.table) for term in value.terms]
+    lost = sum(table is None for table in tables) > sum(t.table is None for t in value.terms)
+    if group == 1 or lost:
+        return value
+    terms = tuple(
+        replace(
+            term,
+            index=term.index.reshape(-1, dim)[::group],
+            table=table,
+        )
+        for term, table in zip(value.terms, tables, strict=True)
+    )
+    axes: Axes = ((heads // group,), *value.axes[-2:-1], (dim,))
+    return replace(value, axes=axes, terms=terms)
+
+
+def _same_by_head(table: np.ndarray) -> np.ndarray | None:
+    """The table [seq_len, 1, head_dim], if it is the same for all heads."""
+    flat = table.reshape(len(table), -1, table.shape[-1])
+    return flat[:, :1] if (flat == flat[:, :1]).all() else None
+
+
+def _grouped(
+    k_index: np.ndarray, v_index: np.ndarray, heads: int
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """Keys and values without those that several query heads share; how many are left."""
+    if heads % len(k_index) or heads % len(v_index):
+        raise LayoutError(f"{heads} heads of queries, {len(k_index)} of keys, {len(v_index)}")
+    k_index = np.repeat(k_index, heads // len(k_index), axis=0)
+    v_index = np.repeat(v_index, heads // len(v_index), axis=0)
+    both = np.concatenate((k_index, v_index), axis=1)
+    group = 1
+    while group < heads and (both[group] == both[0]).all():
+        group += 1
+    if heads % group or (np.repeat(both[::group], group, axis=0) != both).any():
+        raise LayoutError("heads of queries that share keys and values in no groups")
+    return k_index[::group], v_index[::group], heads // group
+
+
+def _bias(
+    scores: Scores, tokens: Workload, heads: int
+) -> tuple[bool, int | None, np.ndarray | None]:
+    causal = scores.causal or any(b.causal for b in scores.biases)
+    windows = [b.window for b in scores.biases if b.window is not None]
+    slopes = [b.slopes for b in scores.biases if b.slopes is not None]
+    total = np.broadcast_to(sum(slopes), (heads,)).astype(np.float32) if slopes else None
+    window = min(windows, default=None)
+    return causal, None if window is None or window >= tokens.seq_len else window, total

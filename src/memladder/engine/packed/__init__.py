@@ -1,0 +1,1 @@
+"""A layer's weights in a number format: read from a checkpoint, quantised, kept in one file."""

@@ -1,0 +1,174 @@
+"""A decoder layer of a local Hugging Face checkpoint: its configuration, and where its tensors are.
+
+A checkpoint is a folder with `config.json` and safetensors files: `model.safetensors`, or shards
+named by `model.safetensors.index.json`, or a single file of any name. Nothing is downloaded,
+nothing is unpickled, no code of a checkpoint runs.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from memladder import models
+from memladder.core.errors import ConfigError, FormatError, UsageError
+from memladder.engine.packed import packed_layer, packing
+from memladder.models import LayerConfig, fields
+
+_SINGLE = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+_PICKLES = ("*.bin", "*.pt", "*.pth")
+_DTYPES = ("F16", "BF16", "F32")
+# The index of a model of a trillion parameters has 10 MB.
+_MAX_JSON_BYTES = 64 << 20
+
+Places = dict[str, Path]
+"""The file of each tensor, by the name that the tensor has there."""
+
+
+@dataclass(frozen=True)
+class CheckpointLayer:
+    """A layer whose tensors are all there, in shape and dtype. Values are read when asked for."""
+
+    config: LayerConfig
+    number: int
+    places: Mapping[str, tuple[Path, str]]
+
+    def rows(self) -> packing.Rows:
+        """What `packing.pack` reads."""
+        return packing.reader(self.places.__getitem__)
+
+
+def open_layer(folder: Path, number: int) -> CheckpointLayer:
+    """Layer `number`, from 0, of the checkpoint in `folder`.
+
+    Raises UsageError for a folder or a layer that is not there, ConfigError for a configuration
+    and FormatError for files that can't be used.
+    """
+    try:
+        if not folder.is_dir():
+            raise UsageError(f"{folder}: no such folder; a local checkpoint is wanted")
+        config, count = _described(folder / "config.json")
+        if not 0 <= number < count:
+            raise UsageError(f"{folder} has layers 0 … {count - 1}, not {number}")
+        places = _layer(config, number, folder, _tensors(folder))
+        _check(config, places)
+    except OSError as error:
+        raise FormatError(f"{folder}: {error.strerror or error}") from None
+    return CheckpointLayer(config, number, places)
+
+
+def _described(path: Path) -> tuple[LayerConfig, int]:
+    """The layer's configuration, and how many layers there are."""
+    if not path.is_file():
+        raise ConfigError(f"{path.parent}: no config.json there, so it is no checkpoint")
+    raw = _json(path)
+    model = raw.get("model_type")
+    if not isinstance(model, str) or model not in models.names():
+        known = ", ".join(models.names())
+        raise ConfigError(f"{path}: model_type {str(model)[:40]!r} is not one of {known}")
+    try:
+        count = fields.size(raw, "num_hidden_layers", "n_layer")
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    return models.layer_config(model, path), count
+
+
+def _tensors(folder: Path) -> Places:
+    """All tensors of the checkpoint; in the order in which Hugging Face looks for them."""
+    if (folder / _SINGLE).exists():
+        return _named(folder / _SINGLE)
+    if (folder / _INDEX).exists():
+        return _indexed(folder / _INDEX)
+    found = sorted(folder.glob("*.safetensors"))
+    if len(found) == 1:
+        return _named(found[0])
+    if found:
+        raise FormatError(f"{folder}: {len(found)} safetensors files, and no {_INDEX}")
+    pickles = sorted(path.name for kind in _PICKLES for path in folder.glob(kind))
+    if pickles:
+        raise FormatError(f"{folder}: only pickled weights ({pickles[0]}); safetensors are read")
+    raise FormatError(f"{folder}: no safetensors file there")
+
+
+def _named(path: Path) -> Places:
+    with packed_layer.opened(path) as file:
+        return dict.fromkeys(file.keys(), path)
+
+
+def _indexed(index: Path) -> Places:
+    shards = _json(index).get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(x, str) for x in shards.values()):
+        raise FormatError(f"{index}: no weight_map from tensors to files")
+    for shard in set(shards.values()):
+        path = PurePosixPath(shard)
+        if path.is_absolute() or ".." in path.parts or not shard.isprintable():
+            raise FormatError(f"{index}: file {shard[:80]!r} is not within the folder")
+    return {name: index.parent / shard for name, shard in shards.items()}
+
+
+def _layer(
+    config: LayerConfig, number: int, folder: Path, tensors: Places
+) -> dict[str, tuple[Path, str]]:
+    """File and name there of each of the layer's tensors, by its name within the layer."""
+    prefixes = [text.format(number) for text in models.definition(config.model).LAYER_PREFIXES]
+    prefix = next((p for p in prefixes if any(name.startswith(p) for name in tensors)), None)
+    if prefix is None:
+        raise FormatError(
+            f"{folder}: no tensor of layer {number}: none begins with {' or '.join(prefixes)}"
+        )
+    wanted = models.tensor_shapes(config)
+    for name in wanted:
+        if prefix + name not in tensors:
+            raise FormatError(f"{folder}: tensor {prefix}{name} is missing")
+    for name in tensors:
+        # A layer without one of its weights would be another one; buffers have other names.
+        inner = name.removeprefix(prefix)
+        if inner != name and inner not in wanted and inner.endswith((".weight", ".bias")):
+            raise FormatError(f"{folder}: config.json knows nothing of tensor {name[:80]!r}")
+    return {name: (tensors[prefix + name], prefix + name) for name in wanted}
+
+
+def _check(config: LayerConfig, places: Mapping[str, tuple[Path, str]]) -> None:
+    """Raise FormatError unless every tensor is in its file, with its shape, as float numbers."""
+    shapes = models.tensor_shapes(config)
+    files = defaultdict(list)
+    for name, (path, _) in places.items():
+        files[path].append(name)
+    for path, names in files.items():
+        with packed_layer.opened(path) as file:
+            there = set(file.keys())
+            for name in names:
+                stored = places[name][1]
+                if stored not in there:
+                    raise FormatError(f"{path}: tensor {stored} is missing, which the index has")
+                tensor = file.get_slice(stored)
+                shape = tuple(tensor.get_shape())
+                if shape != shapes[name]:
+                    raise FormatError(
+                        f"{path}: tensor {stored} is of shape {list(shape)}; "
+                        f"by config.json it is {list(shapes[name])}"
+                    )
+                if tensor.get_dtype() not in _DTYPES:
+                    raise FormatError(
+                        f"{path}: tensor {stored} is {tensor.get_dtype()}; "
+                        f"{', '.join(_DTYPES)} can be read"
+                    )
+
+
+def _json(path: Path) -> dict[str, Any]:
+    if path.stat().st_size > _MAX_JSON_BYTES:
+        raise ConfigError(f"{path}: too large")
+    try:
+        raw = json.loads(path.read_bytes())
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: not JSON: {str(error).splitlines()[0]}") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: not a JSON object")
+    return raw

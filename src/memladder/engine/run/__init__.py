@@ -1,0 +1,1 @@
+"""A program bound to memory and kernels: executed, tuned, written down."""

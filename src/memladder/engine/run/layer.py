@@ -1,0 +1,146 @@
+"""The engine used on its own: a packed layer as a function from hidden states to hidden states."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from memladder import formats
+from memladder.core.case import Workload
+from memladder.core.errors import UsageError
+from memladder.engine.compile import bundle
+from memladder.engine.packed import packed_layer
+from memladder.engine.packed.packed_layer import ACTIVATIONS, PackedLayer
+from memladder.engine.program.plan import plan
+from memladder.engine.program.steps import Program
+from memladder.engine.run.execute import Execution, arena_bytes
+from memladder.models.cache import default_dir
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+
+
+class RunnableLayer:
+    """One decoder layer: on the CPU its weights are mapped from the packed file, on a GPU copied.
+
+    Memory: the weights, and one arena, of the last shape that it was called with. `program` gives
+    the steps at a shape.
+    """
+
+    def __init__(
+        self, packed: PackedLayer, program: Callable[[Workload], Program], device: torch.device
+    ) -> None:
+        self.packed = _placed(packed, device)
+        self.device = device
+        self._program = program
+        kernels = "naive" if device.type == "cpu" else "cuda"
+        self._kernels = importlib.import_module(f"memladder.kernels.{kernels}")
+        self._shape: Workload | None = None
+        self._execution: Execution | None = None
+
+    def __call__(self, states: Tensor) -> Tensor:
+        """Hidden states [batch, sequence, hidden_size] before the layer to those after it.
+
+        Sequences start at position 0 and are causal. Takes float16, bfloat16 or float32 on the
+        layer's device, computes in float16, and returns a new tensor of the same dtype. Raises
+        UsageError for anything else.
+        """
+        hidden = self.packed.form.fused.hidden_size
+        given = f"{str(states.dtype).removeprefix('torch.')} {list(states.shape)}"
+        if states.dim() != 3 or states.shape[2] != hidden or states.dtype not in _FLOATS:
+            raise UsageError(
+                f"hidden states are {given}; allowed: [batch, sequence, {hidden}] "
+                "in float16, bfloat16 or float32"
+            )
+        if states.device != self.device:
+            raise UsageError(f"hidden states are on {states.device}, the layer on {self.device}")
+        # Kernels are launched on the current GPU.
+        current = torch.cuda.device_of(states)  # type: ignore[no-untyped-call]
+        with torch.inference_mode(), current:
+            execution = self._prepared(Workload(*states.shape[:2]))
+            execution.input.copy_(states.reshape(-1, hidden))
+            execution.run()
+        return execution.output.to(states.dtype, copy=True).view(states.shape)
+
+    def _prepared(self, shape: Workload) -> Execution:
+        if self._execution is None or self._shape != shape:
+            # The old arena goes before the new one comes.
+            self._execution = None
+            program = self._program(shape)
+            planned = plan(program)
+            size = arena_bytes(program, planned, self._kernels)
+            arena = torch.empty(size, dtype=torch.uint8, device=self.device)
+            self._execution = Execution(program, planned, self.packed, self._kernels, arena)
+            self._shape = shape
+        return self._execution
+
+
+def load_layer(
+    path: str | Path, *, activation: str | None = None, device: str | torch.device | None = None
+) -> RunnableLayer:
+    """A layer packed by `memladder quantize`, ready to be called.
+
+    `device` is a torch device, `cpu` or `cuda:N`: by default PyTorch's current GPU where it has
+    one, else the CPU.
+
+    `activation` is the format in which the linear layers' inputs are multiplied: by default the one
+    that the figure pairs with the weights', fp8 with fp8, mxfp8 with mxfp8, int8 with int1, and
+    fp16 with all others. Raises FormatError for a file that is no packed layer, and for formats
+    that don't exist; UsageError for a format that is none of activations, and for a device that
+    is not here.
+    """
+    where = torch_device(device)
+    packed = packed_layer.load(Path(path))
+    name = str(packed.form.format).partition(":")[0]
+    spec = ACTIVATIONS.get(name, "fp16") if activation is None else activation
+    kind = formats.get(spec)
+    if not kind.is_activation:
+        allowed = ", ".join(key for key in formats.names() if formats.get(key).is_activation)
+        raise UsageError(f"{spec} is no activation format; allowed: {allowed}")
+    rounded = None if kind.bits == 16 else kind
+    return RunnableLayer(packed, lambda shape: packed.form.program(shape, rounded), where)
+
+
+def load_compiled(
+    folder: Path, device: str | torch.device | None = None
+) -> tuple[RunnableLayer, Workload]:
+    """The layer in a folder of `memladder compile`, and the shape that it was compiled for.
+
+    `device` as in `load_layer`. Raises FormatError for a folder that is none.
+    """
+    where = torch_device(device)
+    compiled = bundle.load(folder / bundle.PROGRAM, folder / bundle.WEIGHTS)
+    return RunnableLayer(compiled.weights, lambda _: compiled.program, where), compiled.shape
+
+
+def _placed(packed: PackedLayer, device: torch.device) -> PackedLayer:
+    """On a GPU a copy in one block, and the cuts of kernels that were tuned there."""
+    if device.type == "cpu":
+        return packed
+    from memladder import __version__
+    from memladder.kernels.cuda import tuning
+
+    tuning.load(tuning.path(default_dir(), __version__))
+    block = torch.empty(packed_layer.device_bytes(packed), dtype=torch.uint8, device=device)
+    return packed_layer.on_device(packed, block)
+
+
+def torch_device(wanted: str | torch.device | None) -> torch.device:
+    """`cpu` or `cuda:N`; None is PyTorch's current GPU where it has one, else the CPU.
+
+    Raises UsageError for one that is not here.
+    """
+    count = torch.cuda.device_count()
+    try:
+        found = torch.device(wanted or ("cuda" if count else "cpu"))
+    except RuntimeError:
+        raise UsageError(f"{str(wanted)[:40]!r} is no device; allowed: cpu, cuda:N") from None
+    if found.type == "cuda" and found.index is None and count:
+        found = torch.device("cuda", torch.cuda.current_device())
+    if found.type not in ("cpu", "cuda") or (found.type == "cuda" and (found.index or 0) >= count):
+        gpus = f"cuda:0 to cuda:{count - 1}" if count else "no CUDA device"
+        raise UsageError(f"{found} can't be used; here are: cpu, {gpus}")
+    return found

@@ -1,0 +1,1 @@
+"""Outside the measured process tree: the runner, the sampler, and what they read."""

@@ -1,0 +1,112 @@
+"""One record for a person: how it ended, bytes by phase, settings, environment, quality."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from rich.console import Console
+from rich.table import Table
+
+from memladder.core.record import Record, Run
+from memladder.core.units import format_bytes, mib
+from memladder.reports.cells import plain_name
+
+
+def print_record(record: Record, console: Console) -> None:
+    """Print everything that explains the record's number; the raw trace stays in the file."""
+    console.print(_facts(record))
+    for number, run in enumerate(record.runs, 1):
+        console.print(_phases(run, f"Run {number} of {len(record.runs)}, {run.started}, MiB"))
+        console.print(_quality(run))
+    for title, pairs in (
+        ("Settings", record.settings),
+        ("Packages", record.environment.packages),
+        ("Variables", record.environment.variables),
+    ):
+        if pairs:
+            console.print(_pairs(title, pairs))
+
+
+def _facts(record: Record) -> Table:
+    machine = record.environment.machine
+    facts: dict[str, object] = {"status": str(record.status), "reason": record.reason or ""}
+    if record.steady_bytes is not None and record.peak_bytes is not None:
+        facts["steady"] = format_bytes(record.steady_bytes)
+        facts["peak"] = format_bytes(record.peak_bytes)
+    if record.spread is not None:
+        facts["spread over runs"] = f"{record.spread:.2%}"
+    if record.asked_bytes is not None:
+        facts["asked for"] = format_bytes(record.asked_bytes)
+    if record.layer is not None:
+        facts["parameters"] = f"{record.layer.parameters:,}"
+        facts["weights at fp16"] = format_bytes(record.layer.weight_bytes)
+        facts["layer"] = " ".join(f"{key}={value}" for key, value in record.layer.config.items())
+    if (plan := record.plan) is not None:
+        facts["planned for"] = f"{plan.target}, by {plan.compiler}"
+        facts |= {plain_name(name): format_bytes(size) for name, size in plan.parts.items()}
+        facts |= {
+            f"{plain_name(name)}, assumed": format_bytes(size)
+            for name, size in plan.assumed.items()
+        }
+    driver = f", driver {machine.driver}, CUDA {machine.cuda}" if machine.driver else ""
+    facts["device"] = f"{machine.device}, {format_bytes(machine.device_memory_bytes)}{driver}"
+    facts["host"] = (
+        f"{machine.cpu}, {machine.cores} cores, {format_bytes(machine.memory_bytes)}; "
+        f"{machine.os}, Linux {machine.kernel}; Python {record.environment.python_label}"
+    )
+    facts["memladder"] = f"{record.environment.memladder}, commit {record.environment.commit}"
+    return _pairs(record.case.id, facts)
+
+
+def _phases(run: Run, title: str) -> Table:
+    columns = ["seconds", "polls", "peak", "end", "PSS peak", "USS peak", "RSS peak", "device peak"]
+    table = Table(title=title, title_justify="left")
+    table.add_column("phase")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for phase in run.phases:
+        sizes = (
+            phase.peak_bytes,
+            phase.end_bytes,
+            phase.pss_peak_bytes,
+            phase.uss_peak_bytes,
+            phase.rss_peak_bytes,
+            phase.device_peak_bytes,
+        )
+        table.add_row(
+            phase.name,
+            f"{phase.end_s - phase.start_s:.2f}",
+            str(phase.polls),
+            *("" if size is None else f"{mib(size):,.1f}" for size in sizes),
+        )
+    return table
+
+
+def _quality(run: Run) -> Table:
+    quality: dict[str, object] = {
+        "source": str(run.source),
+        "passes in steady": run.passes,
+        "polls a second": f"{run.polls_per_s:.0f}",
+        "longest gap": f"{1000 * run.longest_gap_s:.1f} ms",
+    }
+    if run.idle_device_bytes is not None:
+        quality["device before"] = format_bytes(run.idle_device_bytes)
+    for process in run.foreign:
+        quality[f"foreign process {process.pid}"] = (
+            process.name
+            if process.peak_bytes is None
+            else f"{process.name}, {format_bytes(process.peak_bytes)}"
+        )
+    for name, size in run.categories.items():
+        quality[name] = format_bytes(size)
+    return _pairs("Quality and what the framework says", quality)
+
+
+def _pairs(title: str, pairs: Mapping[str, object]) -> Table:
+    table = Table(title=title, title_justify="left", show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for key, value in pairs.items():
+        if value != "":
+            table.add_row(key, str(value))
+    return table

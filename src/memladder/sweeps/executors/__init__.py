@@ -1,0 +1,1 @@
+"""How a sweep's cases are run: one file an executor."""
