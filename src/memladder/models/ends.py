@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from memladder.errors import ConfigError
+from memladder.core.errors import ConfigError
 
 _VOCABULARY = 97
 _TOKENS = 7

@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from memladder.errors import FormatError
-from memladder.files import write_atomic
+from memladder.core.errors import FormatError
+from memladder.core.files import write_atomic
 from memladder.models.gguf_export import LLAMA_NAMES
 
 SHARD_BYTES = 1 << 30

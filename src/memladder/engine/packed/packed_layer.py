@@ -43,6 +43,28 @@ Table = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
 @dataclass(frozen=True)
+class Contents:
+    """What a packed file holds, without values: matrices [rows, columns] in their formats, sizes of
+    float16 vectors and of float32 constants, and what the file says about itself."""
+
+    matrices: Mapping[str, tuple[Format, int, int]]
+    vectors: Mapping[str, int]
+    constants: Mapping[str, int]
+    metadata: Mapping[str, str]
+
+    @property
+    def table(self) -> Table:
+        """Names, dtypes and shapes of the file's tensors, in the order in which they lie there."""
+        return tensor_table(self.matrices, self.vectors, self.constants)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        sizes = self.table.values()
+        return sum(dtype.itemsize * torch.Size(shape).numel() for dtype, shape in sizes)
+
+
+@dataclass(frozen=True)
 class Form:
     """What a packed layer is, without its weights.
 
@@ -65,20 +87,17 @@ class Form:
         return frozenset(name for name, kind in self.others.items() if kind.bits == 16)
 
     @property
-    def table(self) -> Table:
-        """Names, dtypes and shapes of a packed file's tensors, in the order in which they lie
-        there."""
-        return tensor_table(
-            {name: (self.format_of(name), *sizes) for name, sizes in self.fused.matrices.items()},
-            self.fused.vectors,
-            self.fused.constants,
-        )
+    def contents(self) -> Contents:
+        """What its file holds."""
+        matrices = {
+            name: (self.format_of(name), *sizes) for name, sizes in self.fused.matrices.items()
+        }
+        return Contents(matrices, self.fused.vectors, self.fused.constants, metadata(self))
 
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
-        sizes = self.table.values()
-        return sum(dtype.itemsize * torch.Size(shape).numel() for dtype, shape in sizes)
+        return self.contents.nbytes
 
     def program(
         self,
@@ -163,7 +182,7 @@ def load(path: Path) -> PackedLayer:
     """
     with opened(path) as file:
         form = _described(path, file.metadata() or {})
-        return assembled(form, checked(path, file, form.table))
+        return assembled(form, checked(path, file, form.contents.table))
 
 
 def checked(path: Path, file: Any, wanted: Table) -> dict[str, Tensor]:
