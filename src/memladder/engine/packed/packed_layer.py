@@ -25,6 +25,7 @@ from memladder.core.errors import FormatError, UsageError
 from memladder.engine.graph.fused import Fused
 from memladder.engine.program import fused_json
 from memladder.engine.program.builder import CHUNK
+from memladder.engine.program.cache import CacheShape
 from memladder.engine.program.lower import lower
 from memladder.engine.program.plan import ALIGNMENT
 from memladder.engine.program.steps import Program
@@ -107,8 +108,14 @@ class Form:
         chunk: int = CHUNK,
         budget: int = 0,
         in_place: bool = True,
+        cache: CacheShape | None = None,
     ) -> Program:
-        """The layer's steps at a shape; see `lower`. Raises UsageError for one that is not its."""
+        """The layer's steps at a shape; see `lower`. Raises UsageError for one that is not its.
+
+        One layer has programs of three kinds: without a `cache`; with one, of many new tokens a
+        sequence (a chunk of a prompt: `Workload(1, cache.chunk)`); and of one (a step of decoding:
+        `Workload(sequences, 1)`).
+        """
         if self.shape not in (None, shape):
             raise UsageError(f"this layer was compiled for {self.shape}; {shape} was asked for")
         return lower(
@@ -119,6 +126,7 @@ class Form:
             chunk=chunk,
             budget=budget,
             in_place=in_place,
+            cache=cache,
         )
 
 

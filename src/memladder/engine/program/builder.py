@@ -39,6 +39,8 @@ class Builder:
     buffers: dict[str, Buffer] = field(default_factory=dict)
     steps: list[Step] = field(default_factory=list)
     quantised: dict[Rows, tuple[Rows, Rows]] = field(default_factory=dict)
+    state: tuple[Buffer, ...] = ()
+    scalars: tuple[Buffer, ...] = ()
 
     def __post_init__(self) -> None:
         self.input = self.new(STATES, self.shape.tokens, self.hidden_size).buffer
@@ -51,7 +53,8 @@ class Builder:
 
     def program(self) -> Program:
         """What was written so far."""
-        return Program(tuple(self.buffers.values()), tuple(self.steps), self.input, self.output)
+        buffers, steps = tuple(self.buffers.values()), tuple(self.steps)
+        return Program(buffers, steps, self.input, self.output, self.state, self.scalars)
 
     def new(self, stem: str, rows: int, columns: int, dtype: str = "float16") -> Rows:
         """A buffer of its own, all of its rows."""

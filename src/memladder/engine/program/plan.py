@@ -4,12 +4,15 @@ Buffers whose lifetimes overlap get disjoint places. A buffer that a step may wr
 inputs, and that is born where the input dies, takes the input's place. The rest is first fit: each
 buffer gets the lowest gap that holds it among those that live at the same time, in the order of
 birth, or, where that leaves gaps, in the order of size or of lifetime if one of these is better.
+
+State outlives the run, and is no part of the arena: its buffers lie one after the other in memory
+of their own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 from memladder.engine.program.steps import Buffer, Program, Step
@@ -22,11 +25,17 @@ _MOST_COMPARED = 2000
 
 @dataclass(frozen=True)
 class ArenaPlan:
-    """Byte offsets by buffer; `lower_bound` is the largest sum of bytes alive at one step."""
+    """Byte offsets by buffer; `lower_bound` is the largest sum of bytes alive at one step.
+
+    `state` and `state_bytes` are offsets and bytes of the memory that outlives a run. They depend
+    on the state's buffers alone: programs of one cache have the same.
+    """
 
     offsets: dict[str, int]
     nbytes: int
     lower_bound: int
+    state: dict[str, int] = field(default_factory=dict)
+    state_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -57,7 +66,11 @@ def plan(program: Program, alignment: int = ALIGNMENT) -> ArenaPlan:
             other = _any_order_fit(sorted(places, key=order, reverse=True))
             found = min(found, other, key=lambda offsets: _end(places, offsets))
     offsets = {name: found[place.name] for place in places for name in place.buffers}
-    return ArenaPlan(offsets, _end(places, found), bound)
+    state, end = {}, 0
+    for buffer in program.state:
+        state[buffer.name] = end
+        end += _aligned(buffer.nbytes, alignment)
+    return ArenaPlan(offsets, _end(places, found), bound, state, end)
 
 
 def _end(places: Iterable[_Place], offsets: _Offsets) -> int:
@@ -106,7 +119,7 @@ def _any_order_fit(places: Iterable[_Place]) -> _Offsets:
 
 def _places(program: Program, alignment: int) -> list[_Place]:
     lifetimes = program.lifetimes()
-    sizes = {buffer.name: -(-buffer.nbytes // alignment) * alignment for buffer in program.buffers}
+    sizes = {buffer.name: _aligned(buffer.nbytes, alignment) for buffer in program.buffers}
     heirs = _heirs(program, lifetimes)
     chains: dict[str, list[str]] = {}
     for name in sorted(lifetimes, key=lambda name: lifetimes[name]):
@@ -122,6 +135,10 @@ def _places(program: Program, alignment: int) -> list[_Place]:
     ]
 
 
+def _aligned(nbytes: int, alignment: int) -> int:
+    return -(-nbytes // alignment) * alignment
+
+
 def _heirs(program: Program, lifetimes: dict[str, tuple[int, int]]) -> dict[str, str]:
     """Buffers that take another's place: born, and alike, in the step in which the other dies.
 
@@ -130,11 +147,13 @@ def _heirs(program: Program, lifetimes: dict[str, tuple[int, int]]) -> dict[str,
     known = {buffer.name: buffer for buffer in program.buffers}
     found: dict[str, str] = {}
     taken: set[str] = set()
+    outside = program.outside
     for number, step in enumerate(program.steps):
         for read, written in step.in_place:
             old, new = step.reads[read], step.writes[written]
             if (
-                lifetimes[old.buffer][1] == lifetimes[new.buffer][0] == number
+                not outside & {old.buffer, new.buffer}
+                and lifetimes[old.buffer][1] == lifetimes[new.buffer][0] == number
                 and _alike(known[old.buffer], known[new.buffer])
                 and old.count == new.count == known[old.buffer].rows
                 and _arguments(step, old.buffer) == _arguments(step, new.buffer) == 1

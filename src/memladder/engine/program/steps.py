@@ -2,6 +2,9 @@
 
 A buffer is a matrix of rows, a row a token. Steps read and write ranges of rows; what a step needs
 besides (weights, numbers) it names. A program says nothing about addresses: that is `plan`.
+
+Most buffers live within a run. State outlives it: a key-value cache. Scalars are set between runs,
+and read where the steps run, so that what was launched once (a CUDA graph) serves every position.
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 # Bytes of an element, by the names that numpy and torch share.
-ITEM_BYTES = {"float16": 2, "float32": 4, "uint8": 1}
+ITEM_BYTES = {"float16": 2, "float32": 4, "int32": 4, "uint8": 1}
 
 Value = int | float | str
 
@@ -65,23 +68,28 @@ class Program:
     """Steps, the buffers that they use, and which of these are input and output.
 
     The output may be the input's own buffer: the steps then write over the input, and only then.
-    Raises ValueError for a program that reads rows that were never written, leaves a buffer, writes
-    into an input that is not the output, or does not write all of the output.
+    `state` and `scalars` are buffers besides. Raises ValueError for a program that reads rows that
+    were never written, leaves a buffer, writes a scalar, or into an input that is not the output,
+    or does not write all of the output.
     """
 
     buffers: tuple[Buffer, ...]
     steps: tuple[Step, ...]
     input: str
     output: str
+    state: tuple[Buffer, ...] = ()
+    scalars: tuple[Buffer, ...] = ()
 
     def __post_init__(self) -> None:
-        known = {buffer.name: buffer for buffer in self.buffers}
-        if len(known) != len(self.buffers):
+        every = (*self.buffers, *self.state, *self.scalars)
+        known = {buffer.name: buffer for buffer in every}
+        if len(known) != len(every):
             raise ValueError("two buffers of one name")
         for name in (self.input, self.output):
-            if name not in known:
+            if name not in {buffer.name for buffer in self.buffers}:
                 raise ValueError(f"there is no buffer {name}")
-        written = _Written(self.input)
+        fixed = {buffer.name for buffer in self.scalars}
+        written = _Written({self.input, *self.outside})
         for step in self.steps:
             for rows in (*step.reads.values(), *step.writes.values()):
                 size = known[rows.buffer].rows if rows.buffer in known else 0
@@ -93,17 +101,27 @@ class Program:
             for rows in step.writes.values():
                 if rows.buffer == self.input != self.output:
                     raise ValueError(f"{step.kernel}: writes into the input {self.input}")
+                if rows.buffer in fixed:
+                    raise ValueError(f"{step.kernel}: writes the scalar {rows.buffer}")
                 written.add(rows, known[rows.buffer].rows)
         if Rows(self.output, 0, known[self.output].rows) not in written:
             raise ValueError(f"not all of the output {self.output} is written")
 
+    @property
+    def outside(self) -> frozenset[str]:
+        """Names of state and scalars: no part of what runs reuse."""
+        return frozenset(buffer.name for buffer in (*self.state, *self.scalars))
+
     def lifetimes(self) -> dict[str, tuple[int, int]]:
-        """First and last step that touch each buffer: the input from −1, the output to the end."""
+        """First and last step that touch each buffer: the input from −1, the output to the end.
+        State and scalars are not among them."""
         found: dict[str, tuple[int, int]] = {self.input: (-1, -1)}
+        outside = self.outside
         for number, step in enumerate(self.steps):
             for rows in (*step.reads.values(), *step.writes.values()):
-                first, _ = found.get(rows.buffer, (number, number))
-                found[rows.buffer] = (first, number)
+                if rows.buffer not in outside:
+                    first, _ = found.get(rows.buffer, (number, number))
+                    found[rows.buffer] = (first, number)
         found[self.output] = (found[self.output][0], len(self.steps))
         if self.input != self.output:
             # The caller's: it must outlive the last step as well.
@@ -114,8 +132,8 @@ class Program:
 class _Written:
     """Which rows were written. Most buffers are written as a whole; of the others, ranges."""
 
-    def __init__(self, whole: str) -> None:
-        self._whole = {whole}
+    def __init__(self, whole: set[str]) -> None:
+        self._whole = whole
         self._ranges: dict[str, list[tuple[int, int]]] = {}
 
     def __contains__(self, rows: Rows) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from types import ModuleType
 
@@ -16,15 +16,33 @@ from memladder.engine.program.steps import Program, Rows, Step
 
 def arena_bytes(program: Program, plan: ArenaPlan, kernels: ModuleType) -> int:
     """The plan's bytes, and behind them those that the kernels want for themselves."""
+    return shared_arena_bytes([(program, plan)], kernels)
+
+
+def shared_arena_bytes(programs: Iterable[tuple[Program, ArenaPlan]], kernels: ModuleType) -> int:
+    """An arena that serves several programs, one run at a time: the most bytes that a plan has, and
+    behind them the most that the kernels want for themselves."""
+    both = list(programs)
+    workspace = max(_workspace_bytes(program, kernels) for program, _ in both)
+    return max(plan.nbytes for _, plan in both) + workspace
+
+
+def _workspace_bytes(program: Program, kernels: ModuleType) -> int:
     rows = {part.count for step in program.steps for part in step.reads.values()}
-    return plan.nbytes + max(map(kernels.workspace_bytes, rows), default=0)
+    return max(map(kernels.workspace_bytes, rows), default=0)
 
 
 class Execution:
     """A program bound to an arena, to a packed layer and to kernels; `run` allocates nothing.
 
-    `arena` is uint8 and `arena_bytes` long. `only` takes some of the steps: what is timed
-    or compared alone.
+    `arena` is uint8 and `arena_bytes` long, or `shared_arena_bytes` where executions of several
+    programs or layers share it: what it holds between runs is lost, but for `output`. `state` is
+    uint8, `Plan.state_bytes` long: the layer's own, shared by its programs of one `CacheShape`
+    (prefill and decode), never by layers. What it holds at first does not matter. `scalars` are
+    tensors by name, of the dtype and shape of `Program.scalars`: those that all layers share. Their
+    numbers are read when the steps run, wherever they run: whoever changes them in place changes
+    the next run, also of a CUDA graph that was recorded before. `only` takes some of the steps:
+    what is timed or compared alone.
     """
 
     def __init__(
@@ -35,16 +53,20 @@ class Execution:
         kernels: ModuleType,
         arena: Tensor,
         only: Callable[[Step], bool] = lambda _: True,
+        *,
+        state: Tensor | None = None,
+        scalars: Mapping[str, Tensor] | None = None,
     ) -> None:
         assert arena.dtype == torch.uint8
         assert arena.numel() >= arena_bytes(program, plan, kernels)
         self._kernels = kernels
-        self._workspace = arena[plan.nbytes :]
+        # The last bytes: programs that share the arena have their workspace in common.
+        self._workspace = arena[arena.numel() - _workspace_bytes(program, kernels) :]
         # Zero at first, without a kernel; kernels leave it so.
         self._workspace.copy_(torch.zeros(len(self._workspace), dtype=torch.uint8))
-        self._arena = arena
-        self._offsets = plan.offsets
         self._buffers = {buffer.name: buffer for buffer in program.buffers}
+        self._memory = {name: (arena, offset) for name, offset in plan.offsets.items()}
+        self._bind(program, plan, state, scalars or {})
         self._calls: list[Callable[[], None]] = []
         for step in filter(only, program.steps):
             operands = {name: self._view(rows) for name, rows in step.reads.items()}
@@ -60,6 +82,22 @@ class Execution:
         self.output = self._whole(program.output)
         """Where they are afterwards."""
 
+    def _bind(
+        self, program: Program, plan: ArenaPlan, state: Tensor | None, scalars: Mapping[str, Tensor]
+    ) -> None:
+        """State and scalars."""
+        if plan.state_bytes:
+            assert state is not None
+            assert (state.dtype, state.numel() >= plan.state_bytes) == (torch.uint8, True)
+            self._memory |= {name: (state, offset) for name, offset in plan.state.items()}
+        for buffer in program.scalars:
+            given = scalars[buffer.name]
+            assert given.shape == (buffer.rows, buffer.columns)
+            assert given.dtype == getattr(torch, buffer.dtype)
+            assert given.is_contiguous()
+            self._memory[buffer.name] = given.view(-1).view(torch.uint8), 0
+        self._buffers |= {buffer.name: buffer for buffer in (*program.state, *program.scalars)}
+
     def run(self) -> None:
         """One pass over what `input` holds."""
         self._kernels.use_workspace(self._workspace)
@@ -72,6 +110,7 @@ class Execution:
     def _view(self, rows: Rows) -> Tensor:
         buffer = self._buffers[rows.buffer]
         row_bytes = buffer.nbytes // buffer.rows
-        start = self._offsets[rows.buffer] + rows.start * row_bytes
-        part = self._arena[start : start + rows.count * row_bytes]
+        memory, offset = self._memory[rows.buffer]
+        start = offset + rows.start * row_bytes
+        part = memory[start : start + rows.count * row_bytes]
         return part.view(getattr(torch, buffer.dtype)).view(rows.count, buffer.columns)

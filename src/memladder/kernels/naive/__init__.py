@@ -1,0 +1,44 @@
+"""The plain PyTorch twin of every kernel: float32 inside, tile by tile, written to be checked.
+
+All activations are matrices [rows, columns], a row a token, float16 or codes of a format. An output
+may be the same memory as the operand that its docstring names. Besides their arguments the kernels
+need a few tiles of `TILE` elements, never more than 64 MiB, whatever the shapes.
+"""
+
+from memladder.kernels.naive.attention import attention, windowed_attention
+from memladder.kernels.naive.cached import advance, cache_append, cached_attention, rotary_at
+from memladder.kernels.naive.products import glu, matmul, qkv, use_workspace, workspace_bytes
+from memladder.kernels.naive.rows import (
+    ACTIVATIONS,
+    FUNCTIONS,
+    layer_norm,
+    layer_norm_heads,
+    pointwise,
+    quantise,
+    rms_norm,
+    rms_norm_heads,
+    rotary,
+)
+
+__all__ = [
+    "ACTIVATIONS",
+    "FUNCTIONS",
+    "advance",
+    "attention",
+    "cache_append",
+    "cached_attention",
+    "glu",
+    "layer_norm",
+    "layer_norm_heads",
+    "matmul",
+    "pointwise",
+    "qkv",
+    "quantise",
+    "rms_norm",
+    "rms_norm_heads",
+    "rotary",
+    "rotary_at",
+    "use_workspace",
+    "windowed_attention",
+    "workspace_bytes",
+]
