@@ -19,12 +19,11 @@ from memladder.core.errors import FormatError
 from memladder.engine.packed import packed_layer, packing
 from memladder.engine.packed.packed_layer import Contents
 from memladder.engine.packed.packing import Blocks, MatrixReport
+from memladder.engine.program.model import EMBEDDING, HEAD, HEAD_BIAS, LEARNED, NUMBERS
 from memladder.formats.base import Format
 from memladder.kernels.packed import PackedMatrix
 from memladder.models.ends import Ends, Norm
 
-EMBEDDING, HEAD, POSITIONS, NUMBERS = "embedding", "head", "positions", "embedding.numbers"
-HEAD_BIAS = "head.bias"
 _METADATA = MappingProxyType({"memladder_rest": "1"})
 
 
@@ -54,7 +53,7 @@ def contents(
             vectors[f"{name}.bias"] = ends.hidden_size
     if ends.positions is not None:
         rows, columns = sizes[ends.positions]
-        vectors[POSITIONS] = rows * columns
+        vectors[LEARNED] = rows * columns
     constants = {} if table.bits == 16 else {NUMBERS: 1 << table.bits}
     return Contents(matrices, vectors, constants, _METADATA)
 
@@ -75,7 +74,7 @@ def pack(
     if ends.head_bias is not None:
         blocks[HEAD_BIAS] = _rows(read, ends.head_bias)
     if ends.positions is not None:
-        blocks[POSITIONS] = _flat(read, ends.positions, ends.hidden_size)
+        blocks[LEARNED] = _flat(read, ends.positions, ends.hidden_size)
     for name, norm in _norms(ends).items():
         blocks[f"{name}.weight"] = _vector(read, norm.weight, 1.0, norm.shift)
         blocks[f"{name}.bias"] = _vector(read, norm.bias, 0.0, 0.0)

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from types import ModuleType
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from memladder.engine.packed.packed_layer import PackedLayer
 from memladder.engine.program.plan import ArenaPlan
 from memladder.engine.program.steps import Program, Rows, Step
+from memladder.kernels.packed import PackedMatrix
 
 
 def arena_bytes(program: Program, plan: ArenaPlan, kernels: ModuleType) -> int:
@@ -32,6 +33,18 @@ def _workspace_bytes(program: Program, kernels: ModuleType) -> int:
     return max(map(kernels.workspace_bytes, rows), default=0)
 
 
+class Weights(Protocol):
+    """What steps read besides buffers: a packed layer, or many under joined names."""
+
+    @property
+    def matrices(self) -> Mapping[str, PackedMatrix]:
+        """Matrices by name."""
+
+    @property
+    def vectors(self) -> Mapping[str, Tensor]:
+        """Norms, biases and constants by name."""
+
+
 class Execution:
     """A program bound to an arena, to a packed layer and to kernels; `run` allocates nothing.
 
@@ -49,7 +62,7 @@ class Execution:
         self,
         program: Program,
         plan: ArenaPlan,
-        layer: PackedLayer,
+        layer: Weights,
         kernels: ModuleType,
         arena: Tensor,
         only: Callable[[Step], bool] = lambda _: True,

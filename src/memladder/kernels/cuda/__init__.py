@@ -4,6 +4,13 @@ They run on NVIDIA GPUs, and on the CPU under Triton's interpreter.
 """
 
 from memladder.kernels.cuda.attention import attention
+from memladder.kernels.cuda.ends import (
+    add_positions,
+    cap_logits,
+    choose_largest,
+    embed,
+    last_rows,
+)
 from memladder.kernels.cuda.pointwise import layer_norm_heads, pointwise, rms_norm_heads
 from memladder.kernels.cuda.products import glu, matmul, qkv, use_workspace, workspace_bytes
 from memladder.kernels.cuda.rows import layer_norm, quantise, rms_norm, rotary
@@ -12,9 +19,14 @@ from memladder.kernels.cuda.window import windowed_attention
 
 __all__ = [
     "INTERPRETED",
+    "add_positions",
     "attention",
+    "cap_logits",
+    "choose_largest",
+    "embed",
     "glu",
     "has_wgmma",
+    "last_rows",
     "layer_norm",
     "layer_norm_heads",
     "matmul",
