@@ -7,9 +7,10 @@ nothing is unpickled, no code of a checkpoint runs.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -26,6 +27,9 @@ _DTYPES = ("F16", "BF16", "F32")
 # The index of a model of a trillion parameters has 10 MB.
 _MAX_JSON_BYTES = 64 << 20
 
+# What files call a tensor that transformers has renamed since.
+_OTHER_NAMES = {"lm_head.weight": ("embed_out.weight",)}
+
 Places = dict[str, Path]
 """The file of each tensor, by the name that the tensor has there."""
 
@@ -41,6 +45,78 @@ class CheckpointLayer:
     def rows(self) -> packing.Rows:
         """What `packing.pack` reads."""
         return packing.reader(self.places.__getitem__)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """All of a checkpoint. `raw` is what `config.json` says; `tensors` the file of each tensor."""
+
+    folder: Path
+    raw: Mapping[str, Any]
+    layers: tuple[CheckpointLayer, ...]
+    tensors: Mapping[str, Path]
+
+    @property
+    def digest(self) -> str:
+        """64 hexadecimal digits that differ where the configuration or a file is another one."""
+        files = [
+            [path.name, (stat := path.stat()).st_size, stat.st_mtime_ns]
+            for path in sorted(set(self.tensors.values()))
+        ]
+        text = json.dumps([self.raw, sorted(self.tensors), files], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def outside(self, names: Iterable[str]) -> Outside:
+        """Tensors beside the layers, by the names that transformers has for them. Raises
+        FormatError."""
+        found = {}
+        for name in names:
+            # Files of some families leave out what the whole decoder is called.
+            known = (name, name.partition(".")[2], *_OTHER_NAMES.get(name, ()))
+            stored = next((one for one in known if one in self.tensors), None)
+            if stored is None:
+                raise FormatError(f"{self.folder}: tensor {name} is missing")
+            found[name] = self.tensors[stored], stored
+        shapes = {}
+        for name, (path, stored) in found.items():
+            with packed_layer.opened(path) as file:
+                if stored not in file.keys():
+                    raise FormatError(f"{path}: tensor {stored} is missing, which the index has")
+                shapes[name] = _shape(path, stored, file.get_slice(stored))
+        return Outside(found, shapes)
+
+
+@dataclass(frozen=True)
+class Outside:
+    """Tensors beside the layers: where each is, and its shape."""
+
+    places: Mapping[str, tuple[Path, str]]
+    shapes: Mapping[str, tuple[int, ...]]
+
+    def rows(self) -> packing.Rows:
+        """What `rest.pack` reads."""
+        return packing.reader(self.places.__getitem__)
+
+
+def open_all(folder: Path) -> Checkpoint:
+    """The checkpoint in `folder`, all of its layers. Raises as `open_layer` does."""
+    first = open_layer(folder, 0)
+    try:
+        raw, tensors = _json(folder / "config.json"), _tensors(folder)
+        _, count = _described(folder / "config.json")
+        layers = [first]
+        for number in range(1, count):
+            places = _layer(first.config, number, folder, tensors)
+            _check(first.config, places)
+            layers.append(CheckpointLayer(first.config, number, places))
+        family = models.definition(first.config.model)
+        beyond = tuple(text.format(count) for text in family.LAYER_PREFIXES)
+        for name in tensors:
+            if name.startswith(beyond):
+                raise FormatError(f"{folder}: tensor {name[:80]!r}; by config.json there are {count} layers")
+    except OSError as error:
+        raise FormatError(f"{folder}: {error.strerror or error}") from None
+    return Checkpoint(folder, raw, tuple(layers), tensors)
 
 
 def open_layer(folder: Path, number: int) -> CheckpointLayer:
@@ -146,18 +222,21 @@ def _check(config: LayerConfig, places: Mapping[str, tuple[Path, str]]) -> None:
                 stored = places[name][1]
                 if stored not in there:
                     raise FormatError(f"{path}: tensor {stored} is missing, which the index has")
-                tensor = file.get_slice(stored)
-                shape = tuple(tensor.get_shape())
+                shape = _shape(path, stored, file.get_slice(stored))
                 if shape != shapes[name]:
                     raise FormatError(
                         f"{path}: tensor {stored} is of shape {list(shape)}; "
                         f"by config.json it is {list(shapes[name])}"
                     )
-                if tensor.get_dtype() not in _DTYPES:
-                    raise FormatError(
-                        f"{path}: tensor {stored} is {tensor.get_dtype()}; "
-                        f"{', '.join(_DTYPES)} can be read"
-                    )
+
+
+def _shape(path: Path, name: str, tensor: Any) -> tuple[int, ...]:
+    """Raises FormatError unless it is of float numbers."""
+    if tensor.get_dtype() not in _DTYPES:
+        raise FormatError(
+            f"{path}: tensor {name} is {tensor.get_dtype()}; {', '.join(_DTYPES)} can be read"
+        )
+    return tuple(tensor.get_shape())
 
 
 def _json(path: Path) -> dict[str, Any]:

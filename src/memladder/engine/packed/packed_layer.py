@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -41,6 +41,7 @@ _KEYS = ("memladder_packed", "format", "formats", "layer", "shape")
 ACTIVATIONS = {"fp8": "fp8", "mxfp8": "mxfp8", "int1": "int8"}
 
 Table = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+Held = TypeVar("Held", bound="Weights")
 
 
 @dataclass(frozen=True)
@@ -131,18 +132,24 @@ class Form:
 
 
 @dataclass(frozen=True)
-class PackedLayer:
-    """A layer ready to run. `vectors` are norms, biases and the constants of positions."""
+class Weights:
+    """What steps read. `vectors` are norms, biases and the constants of positions."""
 
-    form: Form
-    matrices: dict[str, PackedMatrix]
-    vectors: dict[str, Tensor]
+    matrices: Mapping[str, PackedMatrix]
+    vectors: Mapping[str, Tensor]
 
     @property
     def nbytes(self) -> int:
         """Bytes of everything."""
         own = sum(matrix.nbytes for matrix in self.matrices.values())
         return own + sum(vector.nbytes for vector in self.vectors.values())
+
+
+@dataclass(frozen=True)
+class PackedLayer(Weights):
+    """A layer ready to run."""
+
+    form: Form
 
 
 def metadata(form: Form) -> dict[str, str]:
@@ -212,15 +219,15 @@ def checked(path: Path, file: Any, wanted: Table) -> dict[str, Tensor]:
     return found
 
 
-def device_bytes(layer: PackedLayer) -> int:
+def device_bytes(layer: Weights) -> int:
     """What `on_device` needs: all tensors, each aligned as a GPU's allocator would."""
     return sum(_aligned(tensor.nbytes) for tensor in _tensors(layer))
 
 
-def on_device(layer: PackedLayer, block: Tensor) -> PackedLayer:
-    """The layer copied into `block`, uint8, of `device_bytes` at least; no kernel runs for it.
+def on_device(layer: Held, block: Tensor) -> Held:
+    """The same copied into `block`, uint8, of `device_bytes` at least; no kernel runs for it.
 
-    The file's pages are read as they are copied; nothing of the layer is in memory besides.
+    The file's pages are read as they are copied; nothing of them is in memory besides.
     """
     end = 0
 
@@ -236,7 +243,7 @@ def on_device(layer: PackedLayer, block: Tensor) -> PackedLayer:
     return replace(layer, matrices=matrices, vectors=vectors)
 
 
-def _tensors(layer: PackedLayer) -> Iterator[Tensor]:
+def _tensors(layer: Weights) -> Iterator[Tensor]:
     for matrix in layer.matrices.values():
         parts = (matrix.codes, matrix.scales, matrix.zeros)
         yield from (part for part in parts if part is not None)
@@ -289,7 +296,7 @@ def assembled(form: Form, found: Mapping[str, Tensor]) -> PackedLayer:
         for name, sizes in form.fused.matrices.items()
     }
     names = (*form.fused.vectors, *form.fused.constants)
-    return PackedLayer(form, matrices, {name: found[name] for name in names})
+    return PackedLayer(matrices, {name: found[name] for name in names}, form)
 
 
 def packed_matrix(

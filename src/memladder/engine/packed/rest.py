@@ -8,7 +8,6 @@ codes of the embeddings' format stand for. The vectors are the norms, as kernels
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
@@ -17,22 +16,13 @@ from torch import Tensor
 
 from memladder.core.errors import FormatError
 from memladder.engine.packed import packed_layer, packing
-from memladder.engine.packed.packed_layer import Contents
+from memladder.engine.packed.packed_layer import Contents, Weights
 from memladder.engine.packed.packing import Blocks, MatrixReport
 from memladder.engine.program.model import EMBEDDING, HEAD, HEAD_BIAS, LEARNED, NUMBERS
 from memladder.formats.base import Format
-from memladder.kernels.packed import PackedMatrix
 from memladder.models.ends import Ends, Norm
 
 _METADATA = MappingProxyType({"memladder_rest": "1"})
-
-
-@dataclass(frozen=True)
-class Rest:
-    """The file's tensors, ready to be read by kernels."""
-
-    matrices: dict[str, PackedMatrix]
-    vectors: dict[str, Tensor]
 
 
 def contents(
@@ -86,7 +76,7 @@ def pack(
     return packing.write(path, held, blocks, constants, judge=judge, progress=progress)
 
 
-def load(path: Path, held: Contents) -> Rest:
+def load(path: Path, held: Contents) -> Weights:
     """The file's tensors, memory-mapped. Raises FormatError for another file."""
     with packed_layer.opened(path) as file:
         if (file.metadata() or {}) != dict(_METADATA):
@@ -97,7 +87,7 @@ def load(path: Path, held: Contents) -> Rest:
         for name, sizes in held.matrices.items()
     }
     names = (*held.vectors, *held.constants)
-    return Rest(matrices, {name: found[name] for name in names})
+    return Weights(matrices, {name: found[name] for name in names})
 
 
 def _norms(ends: Ends) -> dict[str, Norm]:

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from types import ModuleType
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from memladder.engine.packed.packed_layer import Weights
 from memladder.engine.program.plan import ArenaPlan
 from memladder.engine.program.steps import Program, Rows, Step
-from memladder.kernels.packed import PackedMatrix
 
 
 def arena_bytes(program: Program, plan: ArenaPlan, kernels: ModuleType) -> int:
@@ -31,18 +30,6 @@ def shared_arena_bytes(programs: Iterable[tuple[Program, ArenaPlan]], kernels: M
 def _workspace_bytes(program: Program, kernels: ModuleType) -> int:
     rows = {part.count for step in program.steps for part in step.reads.values()}
     return max(map(kernels.workspace_bytes, rows), default=0)
-
-
-class Weights(Protocol):
-    """What steps read besides buffers: a packed layer, or many under joined names."""
-
-    @property
-    def matrices(self) -> Mapping[str, PackedMatrix]:
-        """Matrices by name."""
-
-    @property
-    def vectors(self) -> Mapping[str, Tensor]:
-        """Norms, biases and constants by name."""
 
 
 class Execution:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -33,14 +35,15 @@ class Sampler:
             for number in range(sequences)
         ]
 
-    def __call__(self, logits: Tensor) -> list[int]:
-        """A token for each row of float32 [sequences, vocabulary], on the CPU."""
+    def __call__(self, logits: Tensor, sequences: Sequence[int]) -> list[int]:
+        """A token for each row of float32 [sequences, vocabulary], on the CPU; `sequences` are
+        their numbers."""
         if self.is_greedy:
             largest = logits == logits.amax(dim=1, keepdim=True)
             return largest.to(torch.uint8).argmax(dim=1).tolist()
         return [
-            self._drawn(row, generator)
-            for row, generator in zip(logits, self._generators, strict=True)
+            self._drawn(row, self._generators[number])
+            for row, number in zip(logits, sequences, strict=True)
         ]
 
     def _drawn(self, row: Tensor, generator: torch.Generator) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from types import ModuleType
@@ -13,28 +13,13 @@ from torch import Tensor
 
 from memladder.core.case import Workload
 from memladder.engine.packed import packed_layer
-from memladder.engine.packed.packed_layer import Form, PackedLayer
+from memladder.engine.packed.packed_layer import Form, Weights
 from memladder.engine.program.cache import CacheShape, Positions
 from memladder.engine.program.model import Around, join
 from memladder.engine.program.plan import ArenaPlan, plan
 from memladder.engine.program.steps import Program
 from memladder.engine.run.execute import Execution, shared_arena_bytes
 from memladder.formats.base import Format
-from memladder.kernels.packed import PackedMatrix
-
-
-@dataclass(frozen=True)
-class Held:
-    """Weights by the names that a joined program has for them."""
-
-    matrices: Mapping[str, PackedMatrix]
-    vectors: Mapping[str, Tensor]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of everything."""
-        own = sum(matrix.nbytes for matrix in self.matrices.values())
-        return own + sum(vector.nbytes for vector in self.vectors.values())
 
 
 @dataclass(frozen=True)
@@ -120,7 +105,7 @@ class Stage:
         self,
         planned: StagePlan,
         device: torch.device,
-        weights: Held,
+        weights: Weights,
         allocate: Callable[[int], Tensor],
     ) -> None:
         self.planned, self.device, self.weights = planned, device, weights
@@ -131,6 +116,15 @@ class Stage:
         self._positions = {shape: Positions(cache, shape, device) for shape in planned.programs}
         self._chosen = torch.zeros(planned.slots, 1, dtype=torch.int32, device=device)
         self._executions: dict[Workload, Execution] = {}
+
+    @property
+    def memory(self) -> dict[str, int]:
+        """Bytes by category."""
+        return {
+            "weights": self.weights.nbytes,
+            "cache": self._cache.numel(),
+            "arena": self._arena.numel(),
+        }
 
     def positions(self, shape: Workload) -> Positions:
         """Where the sequences of a run at that shape are."""
