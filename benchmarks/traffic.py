@@ -26,7 +26,6 @@ from memladder import formats
 from memladder.core.case import Workload
 from memladder.core.units import mib
 from memladder.engine.compile.traffic import Traffic
-from memladder.engine.packed.packed_layer import ACTIVATIONS
 from memladder.engine.program.plan import plan
 from memladder.engine.program.steps import Step
 from memladder.engine.run.driver import CudaGraph
@@ -55,7 +54,7 @@ class Predicted:
 def profiled(model: str, weight: str, shape: Workload) -> list[Predicted]:
     """Run one step of each kind, the last one, where `ncu` counts."""
     layer = benchmark.packed(model, formats.get(weight))
-    activation = ACTIVATIONS.get(weight, "fp16")
+    activation = formats.ACTIVATIONS.get(weight, "fp16")
     program = layer.form.program(shape, None if activation == "fp16" else formats.get(activation))
     planned = plan(program)
     arena = torch.zeros(

@@ -11,19 +11,20 @@ from pathlib import Path
 import pytest
 
 from memladder import formats, frameworks, models
-from memladder.core.case import FIGURE_SYSTEMS, Case, Workload
+from memladder.core.case import Case, Workload
 from memladder.core.record import Status
 from memladder.core.units import MIB
 from memladder.frameworks import ladder
 from memladder.frameworks.base import Job, Session
 from memladder.models import reference, weights
 from memladder.models.cache import default_dir
+from memladder.paper.rows import SYSTEMS
 from memladder.reports import floor
 from memladder.sweeps import store
 from tests import layers
 
 ROOT = Path(__file__).parents[2]
-FIGURE = [name for name in FIGURE_SYSTEMS if name.startswith("ladder")]
+FIGURE = [name for name in SYSTEMS if name.startswith("ladder")]
 OTHERS = ["ladder_fp16_int2", "ladder_fp16_mxfp4"]
 # Signal to noise of a narrow layer's output, dB: what each variant keeps at least.
 QUALITY = {
@@ -52,7 +53,7 @@ def test_the_variants_are_the_figures_and_one_for_each_further_weight_format() -
     ours = [name for name in frameworks.names() if name.startswith("ladder")]
     assert sorted(ours) == sorted([*FIGURE, *OTHERS])
     titles = {name: frameworks.get(name).title for name in FIGURE if name != "ladder"}
-    assert titles == {name: FIGURE_SYSTEMS[name] for name in titles}
+    assert titles == {name: SYSTEMS[name] for name in titles}
 
 
 @pytest.mark.parametrize("model", ["llama", "bloom"])

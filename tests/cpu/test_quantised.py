@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from memladder.meter.inside import worker
 from memladder.meter.outside import runner
 from memladder.models import LayerConfig, gguf_export
 
+FAKES = Path(__file__).parents[1] / "fake_frameworks"
 KEYS = (
     "torchao_fp16_int4",
     "torchao_fp8_fp8",
@@ -43,15 +45,23 @@ def job(
     return Job(Case(model, key, shape, "cpu"), config, folder)
 
 
+def has_avx512_bf16() -> bool:
+    return "avx512_bf16" in Path("/proc/cpuinfo").read_text()
+
+
 # Bits of a weight as each format's own description has them: torchao two bfloat16 a group of 128;
 # float8 a float32 a row, of 8192 at least; QLoRA (arXiv:2305.14314, section 3) 0.127 bits of
-# constants; gemlite one fp16 a group of 128; ggml's Q4_0 18 bytes for 32 elements.
+# constants, which a CPU with avx512_bf16 holds as a bfloat16 a block of 64; gemlite one fp16 a
+# group of 128; ggml's Q4_0 18 bytes for 32 elements.
 @pytest.mark.parametrize(
     ("key", "bits"),
     [
         ("torchao_fp16_int4", 4 + 32 / 128),
         ("torchao_fp8_fp8", 8.002),
-        ("bitsandbytes_fp16_nf4", 4 + 8 / 64 + 32 / (64 * 256)),
+        (
+            "bitsandbytes_fp16_nf4",
+            4 + 16 / 64 if has_avx512_bf16() else 4 + 8 / 64 + 32 / (64 * 256),
+        ),
         ("gemlite_fp16_int4", 4 + 16 / 128),
         ("llamacpp_int4", 18 * 8 / 32),
     ],
@@ -120,6 +130,78 @@ def test_matrices_that_a_package_passes_over_are_no_row(model: str, tmp_path: Pa
     session.weights()
     with pytest.raises(worker.WrongFormatError, match="they are in another format"):
         worker._held_weights(row, asked, session.categories())
+
+
+@pytest.mark.parametrize("model", ["bloom", pytest.param("llama", marks=pytest.mark.slow)])
+def test_what_changes_on_first_use_is_used_before_it_is_compiled(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(FAKES))
+    known = os.environ.get("PYTHONPATH")
+    monkeypatch.setenv("PYTHONPATH", f"{FAKES}{os.pathsep}{known}" if known else str(FAKES))
+    import changing
+
+    found = runner.verify(
+        "changing",
+        changing.FRAMEWORK,
+        "cpu",
+        cache_dir=tmp_path,
+        limits=runner.Limits(300.0),
+        log_path=tmp_path / "log",
+        module="changing",
+        model_names=[model],
+        shapes=[Workload(2, 5)],
+    )
+    assert found.agrees, found
+    # Beside the layer in float32, weights are rounded to the dtype only.
+    assert all(check.sqnr_db is not None and check.sqnr_db > 40 for check in found.checks)
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"
+)
+@pytest.mark.parametrize(
+    ("rows", "columns"),
+    [(64, 128), (96, 64), (40, 192), (32, 320), (33, 64), (32, 100), (3, 66), (64, 32)],
+)
+def test_bitsandbytes_matrices_of_any_size_are_held_as_told(rows: int, columns: int) -> None:
+    row = BitsAndBytesNf4()
+    asked = job("llama", "bitsandbytes_fp16_nf4", narrow=True)
+    linear = nn.Linear(columns, rows, bias=False, dtype=torch.bfloat16)
+    torch.nn.init.normal_(linear.weight, generator=torch.Generator().manual_seed(rows))
+    linear.requires_grad_(False)
+    before = row.dequantised(row.quantise(linear, asked.config))
+    module = row.used(linear, asked.config)
+    assert row.held(module)["weights"] == row.matrix_bytes(rows, columns, asked)
+    # bfloat16's unit roundoff is 2^-8: the scales take one, and `before`, in bfloat16, another.
+    matrix = row.dequantised(module)
+    assert matrix.shape == (rows, columns)
+    assert torch.allclose(matrix, before, rtol=2**-7, atol=0)
+    token = torch.randn(3, columns, dtype=torch.bfloat16)
+    with torch.inference_mode():
+        found = module(token).float()
+    assert torch.allclose(found, token.float() @ matrix.t(), rtol=2e-2, atol=2e-2 * columns**0.5)
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"
+)
+def test_bitsandbytes_tiles_are_read_as_they_are_packed() -> None:
+    """By bitsandbytes' own packing, which is plain torch and runs on every CPU."""
+    from bitsandbytes.functional import _convert_weight_packed_for_cpu
+
+    row = BitsAndBytesNf4()
+    config = models.narrow_config("llama")
+    linear = nn.Linear(192, 96, bias=False, dtype=torch.bfloat16).requires_grad_(False)
+    module = row.quantise(linear, config)
+    before = row.dequantised(module)
+    weight = module.get_parameter("weight")
+    state = weight.quant_state  # type: ignore[attr-defined]
+    weight.data, _ = _convert_weight_packed_for_cpu(weight.data, state)
+    assert row.held(module)["weights"] == 96 * 192 * 17 // 32
+    scales = before.view(96, 3, 64).abs().amax(-1, keepdim=True)
+    expected = before.view(96, 3, 64) / scales * scales.bfloat16()
+    assert torch.allclose(row.dequantised(module), expected.view(96, 192), rtol=2**-8, atol=1e-6)
 
 
 def _runs(key: str) -> pytest.MarkDecorator:

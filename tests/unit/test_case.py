@@ -3,8 +3,9 @@ from pathlib import Path
 
 import pytest
 
-from memladder.core.case import FIGURE_MODELS, FIGURE_SHAPES, FIGURE_SYSTEMS, Case, Workload
+from memladder.core.case import Case, Workload
 from memladder.core.errors import UsageError
+from memladder.paper.rows import MODELS, SHAPES, SYSTEMS
 
 
 def test_case_ids_are_the_artifacts_own_keys() -> None:
@@ -12,9 +13,9 @@ def test_case_ids_are_the_artifacts_own_keys() -> None:
     published = json.loads(data.read_text())["values"]
     ids = [
         Case(model, system, shape, "cpu").id
-        for model in FIGURE_MODELS
-        for system in FIGURE_SYSTEMS
-        for shape in FIGURE_SHAPES
+        for model in MODELS
+        for system in SYSTEMS
+        for shape in SHAPES
     ]
     assert len(ids) == len(set(ids)) == 2 * 12 * 3
     assert set(ids) == set(published)

@@ -14,10 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memladder import formats, models
-from memladder.core.case import FIGURE_SHAPES, Workload
+from memladder.core.case import Workload
 from memladder.core.units import MIB
 from memladder.engine.program.plan import ALIGNMENT, ArenaPlan, plan
 from memladder.engine.program.steps import Buffer, Program, Rows, Step
+from memladder.paper.rows import SHAPES
 from tests import layers
 
 # transformers and the exporter warn about their own code.
@@ -463,7 +464,7 @@ def test_rows_may_be_written_in_any_order(order: list[int], missing: int) -> Non
 # The layers' own programs
 
 
-@pytest.mark.parametrize("shape", [*FIGURE_SHAPES, *ODD_SHAPES], ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, *ODD_SHAPES], ids=str)
 @pytest.mark.parametrize("activation", [None, "fp8", "mxfp8", "int8"])
 @pytest.mark.parametrize("model", ["llama", "bloom"])
 def test_a_figures_layer_needs_what_must_be_alive(
@@ -481,8 +482,8 @@ def test_a_figures_layer_needs_what_must_be_alive(
 @pytest.mark.parametrize(
     ("model", "shape", "published"),
     [
-        *zip(["llama"] * 3, FIGURE_SHAPES, [0.1, 2.8, 104], strict=True),
-        *zip(["bloom"] * 3, FIGURE_SHAPES, [0.2, 5.3, 378], strict=True),
+        *zip(["llama"] * 3, SHAPES, [0.1, 2.8, 104], strict=True),
+        *zip(["bloom"] * 3, SHAPES, [0.2, 5.3, 378], strict=True),
     ],
     ids=str,
 )

@@ -5,14 +5,15 @@ import sys
 
 import pytest
 
-from memladder.core.case import FIGURE_MODELS, FIGURE_SHAPES, FIGURE_SYSTEMS, Case
+from memladder.core.case import Case
 from memladder.paper.published import published, rerun
+from memladder.paper.rows import MODELS, SHAPES, SYSTEMS
 
 FIGURE_IDS = {
     Case(model, system, shape, "cpu").id
-    for model in FIGURE_MODELS
-    for system in FIGURE_SYSTEMS
-    for shape in FIGURE_SHAPES
+    for model in MODELS
+    for system in SYSTEMS
+    for shape in SHAPES
 }
 
 

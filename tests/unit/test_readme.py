@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from memladder.core.case import FIGURE_MODELS, FIGURE_SHAPES, Case, Workload
+from memladder.core.case import Case, Workload
 from memladder.core.record import Status
 from memladder.core.units import mib
 from memladder.paper import published
+from memladder.paper.rows import MODELS, SHAPES
 from memladder.reports import floor
 from memladder.sweeps import store
 
@@ -49,8 +50,8 @@ def test_the_table_is_what_was_measured(where: tuple[str, str], framework: str, 
     file, device = where
     records = {record.case: record for record in store.read(ROOT / "results" / file).records}
     expected = []
-    for model in FIGURE_MODELS:
-        for shape in FIGURE_SHAPES:
+    for model in MODELS:
+        for shape in SHAPES:
             record = records.get(Case(model, framework, shape, device))
             if record is None:
                 expected.append("not measured")
@@ -73,8 +74,8 @@ def test_the_floor_pages_are_what_was_measured(name: str, device: str) -> None:
     assert floor.to_markdown(rows) in (ROOT / "docs" / f"floor-{name}.md").read_text()
 
 
-@pytest.mark.parametrize("model", FIGURE_MODELS)
-@pytest.mark.parametrize("shape", FIGURE_SHAPES)
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("shape", SHAPES)
 def test_the_page_of_frameworks_has_tensorrt_as_planned_logged_and_published(
     model: str, shape: Workload
 ) -> None:

@@ -10,14 +10,16 @@ import pytest
 from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 
-from memladder.core.case import FIGURE_MODELS, FIGURE_SHAPES, FIGURE_SYSTEMS, Case, Workload
+from memladder.core.case import Case, Workload
 from memladder.core.errors import UsageError
 from memladder.core.record import Status
+from memladder.paper import figure11
 from memladder.paper.published import published
+from memladder.paper.rows import MODELS, SHAPES, SYSTEMS
 from memladder.reports import figure, style
 from memladder.reports.cells import Cell
 
-KEYS = list(itertools.product(FIGURE_MODELS, FIGURE_SYSTEMS, FIGURE_SHAPES))
+KEYS = list(itertools.product(MODELS, SYSTEMS, SHAPES))
 DEVICE = "NVIDIA H100 80GB HBM3, driver 570.86.15"
 
 
@@ -44,7 +46,7 @@ def everything():
     )
     cells["bloom", "vllm", Workload(1, 4096)] = Cell(None, Status.TIMEOUT, "timeout")
     cells["bloom", "vllm", Workload(32, 1)] = Cell(None, Status.FAILED, "failed")
-    for model, shape in itertools.product(FIGURE_MODELS, FIGURE_SHAPES):
+    for model, shape in itertools.product(MODELS, SHAPES):
         key = (model, "tensorrt", shape)
         cells[key] = Cell(value_of(key) * 0.6, Status.PLANNED, "planned")
         key = (model, "ladder_mxfp8_mxfp8", shape)
@@ -69,25 +71,37 @@ NOTES = (
     "Measured 2026-11-20 with memladder 0.1.0, 480 polls a second or more.",
 )
 FIGURES = {
-    "published": figure.published_figure,
-    "measured": lambda: figure.measured_figure(measured(), device_label=DEVICE, notes=NOTES),
-    "cpu only": lambda: figure.measured_figure(cpu_only(), device_label="A processor", notes=NOTES),
-    "everything": lambda: figure.measured_figure(everything(), device_label=DEVICE, notes=NOTES),
+    "published": figure11.published_figure,
+    "measured": lambda: figure.measured_figure(
+        measured(), figure11.grid(), device_label=DEVICE, notes=NOTES
+    ),
+    "cpu only": lambda: figure.measured_figure(
+        cpu_only(), figure11.grid(), device_label="A processor", notes=NOTES
+    ),
+    "everything": lambda: figure.measured_figure(
+        everything(), figure11.grid(), device_label=DEVICE, notes=NOTES
+    ),
     "long texts": lambda: figure.measured_figure(
-        everything(), device_label=DEVICE * 9, notes=NOTES * 4, subtitle="a layer " * 20
+        everything(),
+        figure11.grid(),
+        device_label=DEVICE * 9,
+        notes=NOTES * 4,
+        subtitle="a layer " * 20,
     ),
     "custom": lambda: figure.measured_figure(
-        custom_config(), device_label=DEVICE, notes=NOTES, custom=True
+        custom_config(), figure11.grid(), device_label=DEVICE, notes=NOTES, custom=True
     ),
     "tiny and huge": lambda: figure.measured_figure(
         {
             ("llama", "pytorch", Workload(1, 1)): Cell(0.004, Status.MEASURED),
             ("bloom", "pytorch", Workload(64, 4096)): Cell(2_345_678.0, Status.PLANNED, "planned"),
         },
+        figure11.grid(),
         device_label=DEVICE,
     ),
     "nothing measured": lambda: figure.measured_figure(
         {("llama", "pytorch", Workload(1, 1)): Cell(None, Status.FAILED, "failed")},
+        figure11.grid(),
         device_label=DEVICE,
         custom=True,
     ),
@@ -117,13 +131,13 @@ def rendered(name):
 
 
 def in_order(model):
-    return [(model, system, shape) for shape in FIGURE_SHAPES for system in FIGURE_SYSTEMS]
+    return [(model, system, shape) for shape in SHAPES for system in SYSTEMS]
 
 
 def test_published_bars_are_the_published_values():
-    drawn = figure.published_figure()
+    drawn = figure11.published_figure()
     assert [axes.get_title(loc="left") for axes in drawn.axes] == ["LLAMA", "BLOOM"]
-    for axes, model in zip(drawn.axes, FIGURE_MODELS, strict=True):
+    for axes, model in zip(drawn.axes, MODELS, strict=True):
         values = [value_of(key) for key in in_order(model)]
         solid, pale = bars(axes)
         assert solid == pytest.approx(values)
@@ -133,8 +147,8 @@ def test_published_bars_are_the_published_values():
 
 
 def test_measured_bars_stand_before_the_published_ones():
-    drawn = figure.measured_figure(measured(1.1), device_label=DEVICE)
-    for axes, model in zip(drawn.axes, FIGURE_MODELS, strict=True):
+    drawn = figure.measured_figure(measured(1.1), figure11.grid(), device_label=DEVICE)
+    for axes, model in zip(drawn.axes, MODELS, strict=True):
         values = [value_of(key) for key in in_order(model)]
         solid, pale = bars(axes)
         assert solid == pytest.approx([1.1 * value for value in values])
@@ -142,11 +156,11 @@ def test_measured_bars_stand_before_the_published_ones():
 
 
 def test_every_row_has_a_name_and_a_value_or_a_reason():
-    drawn = figure.measured_figure(everything(), device_label=DEVICE)
+    drawn = figure.measured_figure(everything(), figure11.grid(), device_label=DEVICE)
     for axes in drawn.axes:
         written = [text.get_text() for text in axes.texts]
-        for label in [*FIGURE_SYSTEMS.values(), "torchao_int4"]:
-            assert written.count(label) == len(FIGURE_SHAPES)
+        for label in [*SYSTEMS.values(), "torchao_int4"]:
+            assert written.count(label) == len(SHAPES)
         # Name and value for each of 13 systems at 3 shapes, and the shapes' headings.
         assert len(written) == 13 * 3 * 2 + 3
         assert [w for w in written if w.startswith("batch")] == [
@@ -161,7 +175,7 @@ def test_every_row_has_a_name_and_a_value_or_a_reason():
 
 
 def test_planned_and_predicted_do_not_look_measured():
-    drawn = figure.measured_figure(everything(), device_label=DEVICE)
+    drawn = figure.measured_figure(everything(), figure11.grid(), device_label=DEVICE)
     looks = [(p.get_hatch(), p.get_linestyle()) for p in drawn.axes[0].patches]
     assert sum(hatch is not None for hatch, _ in looks) == 3
     white = [p for p in drawn.axes[0].patches if p.get_facecolor()[:3] == (1, 1, 1)]
@@ -176,7 +190,9 @@ def test_planned_and_predicted_do_not_look_measured():
 
 
 def test_what_did_not_run_is_named_and_a_custom_layer_is_not_compared():
-    drawn = figure.measured_figure(custom_config(), device_label=DEVICE, custom=True)
+    drawn = figure.measured_figure(
+        custom_config(), figure11.grid(), device_label=DEVICE, custom=True
+    )
     (axes,) = drawn.axes
     written = [text.get_text() for text in axes.texts]
     assert bars(axes)[1] == []
@@ -187,7 +203,7 @@ def test_what_did_not_run_is_named_and_a_custom_layer_is_not_compared():
 
 def test_models_and_shapes_of_the_paper_are_always_there_unless_custom():
     cells = {("mixtral", "sglang", Workload(2, 2)): Cell(900.0, Status.MEASURED)}
-    drawn = figure.measured_figure(cells, device_label=DEVICE)
+    drawn = figure.measured_figure(cells, figure11.grid(), device_label=DEVICE)
     assert [axes.get_title(loc="left") for axes in drawn.axes] == ["LLAMA", "BLOOM", "mixtral"]
     headings = [t.get_text() for t in drawn.axes[2].texts if t.get_text().startswith("batch")]
     assert headings[-1] == "batch 2 × seq 2"
@@ -230,19 +246,19 @@ def test_the_legend_is_outside_of_the_panels(name):
 
 
 def test_the_axis_has_plain_numbers():
-    axes = figure.published_figure().axes[0]
+    axes = figure11.published_figure().axes[0]
     labels = [label.get_text() for label in axes.get_xticklabels()]
     assert labels[:7] == ["500", "1000", "2000", "5000", "10000", "20000", "50000"]
     assert axes.get_xscale() == "log"
 
 
 def test_title_and_notes_say_what_where_and_which_kind():
-    drawn = figure.published_figure()
+    drawn = figure11.published_figure()
     written = " ".join(text.get_text() for text in drawn.texts)
     assert "Memory of one decoder layer (MiB): published (A100)" in written
     assert "NVIDIA A100-80GB-PCIe" in written
     assert "OSDI'24" in written
-    drawn = figure.measured_figure(cpu_only(), device_label=DEVICE, notes=NOTES)
+    drawn = figure.measured_figure(cpu_only(), figure11.grid(), device_label=DEVICE, notes=NOTES)
     written = " ".join(text.get_text() for text in drawn.texts)
     assert "(MiB): measured" in written
     assert DEVICE in written
@@ -251,9 +267,9 @@ def test_title_and_notes_say_what_where_and_which_kind():
 
 
 def test_files_are_the_same_bytes_each_time_and_whatever_the_user_configured(tmp_path):
-    figure.draw_published(tmp_path / "1.png", tmp_path / "1.pdf")
+    figure11.draw_published(tmp_path / "1.png", tmp_path / "1.pdf")
     with mpl.rc_context({"font.size": 30, "axes.facecolor": "black", "pdf.fonttype": 3}):
-        figure.draw_published(tmp_path / "2.png", tmp_path / "2.pdf")
+        figure11.draw_published(tmp_path / "2.png", tmp_path / "2.pdf")
     assert (tmp_path / "1.png").read_bytes() == (tmp_path / "2.png").read_bytes()
     assert (tmp_path / "1.pdf").read_bytes() == (tmp_path / "2.pdf").read_bytes()
     assert {path.name for path in tmp_path.iterdir()} == {"1.png", "1.pdf", "2.png", "2.pdf"}
@@ -261,7 +277,9 @@ def test_files_are_the_same_bytes_each_time_and_whatever_the_user_configured(tmp
 
 def test_the_pdf_embeds_truetype_fonts(tmp_path):
     cells = everything()
-    figure.draw_measured(cells, tmp_path / "f.png", tmp_path / "f.pdf", device_label=DEVICE)
+    figure.draw_measured(
+        cells, figure11.grid(), tmp_path / "f.png", tmp_path / "f.pdf", device_label=DEVICE
+    )
     content = (tmp_path / "f.pdf").read_bytes()
     assert content.startswith(b"%PDF-")
     assert b"/FontFile2" in content
@@ -273,16 +291,16 @@ def test_the_pdf_embeds_truetype_fonts(tmp_path):
 def test_a_folder_that_takes_no_file_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match=r"cannot write .*png: ") as caught:
-        figure.draw_published(tmp_path / "file" / "f.png", tmp_path / "f.pdf")
+        figure11.draw_published(tmp_path / "file" / "f.png", tmp_path / "f.pdf")
     assert "\n" not in str(caught.value)
 
 
 def test_what_cannot_be_drawn_is_refused():
     with pytest.raises(UsageError, match="no records"):
-        figure.measured_figure({}, device_label=DEVICE)
+        figure.measured_figure({}, figure11.grid(), device_label=DEVICE)
     many = {("llama", "pytorch", Workload(n, 1)): Cell(1.0, Status.MEASURED) for n in range(1, 70)}
     with pytest.raises(UsageError, match="69 shapes are too many"):
-        figure.measured_figure(many, device_label=DEVICE, custom=True)
+        figure.measured_figure(many, figure11.grid(), device_label=DEVICE, custom=True)
 
 
 @pytest.mark.parametrize(
@@ -301,7 +319,7 @@ def test_a_failure_never_becomes_a_number(value, status, note):
 
 def test_drawing_needs_neither_pyplot_nor_torch():
     program = (
-        "import sys; from memladder.reports import figure; figure.published_figure(); "
+        "import sys; from memladder.paper import figure11; figure11.published_figure(); "
         "sys.exit(bool({'matplotlib.pyplot', 'torch', 'psutil', 'pynvml'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

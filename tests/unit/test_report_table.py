@@ -24,6 +24,7 @@ from memladder.core.record import (
     Verification,
 )
 from memladder.core.units import GIB, MIB
+from memladder.paper.published import published
 from memladder.reports import table
 from memladder.reports.cells import Cell, cells_from, device_label, ensure_one_machine, notes_from
 
@@ -126,18 +127,20 @@ def test_what_can_not_be_read_counts_by_what_it_holds(held, cell):
 
 def test_the_page_says_which_of_the_two_checks_it_was():
     held = replace(HELD, differing=("self_attn.q_proj.weight",))
-    page = table.to_markdown_report([record()], [verification(checks=(), structure=(held,))])
+    page = table.to_markdown_report([record()], [verification(checks=(), structure=(held,))], {})
     assert "keep a layer's output to themselves: what they hold is compared" in page
     assert "1 layer, differing: self" in page
     assert "441221202 bytes of weights where 441221120 are expected" in page
-    both = table.to_markdown_report([record()], [verification(), verification(structure=(HELD,))])
+    both = table.to_markdown_report(
+        [record()], [verification(), verification(structure=(HELD,))], {}
+    )
     assert "| 1.00e-03 |" in both
     assert "1 layer, all shapes right" in both
 
 
 def test_the_page_says_whose_python_it_was():
     lent = replace(ENVIRONMENT, interpreter="made from 3f2a1b4c")
-    page = table.to_markdown_report([record(environment=lent)], [])
+    page = table.to_markdown_report([record(environment=lent)], [], {})
     assert f"Python: {ENVIRONMENT.python} (made from 3f2a1b4c)" in page
 
 
@@ -168,8 +171,11 @@ def test_a_plan_may_come_from_another_machine_and_says_whose_it_is():
         "TensorRT is planned by TensorRT-RTX 1.7 for NVIDIA A100, and did not run; "
         "1024.0 MiB of CUDA context are assumed in it."
     )
-    assert [row.device for row in table.rows(records)] == ["NVIDIA A100", "NVIDIA H100 80GB HBM3"]
-    page = table.to_markdown_report(records, [verification()])
+    assert [row.device for row in table.rows(records, published().values)] == [
+        "NVIDIA A100",
+        "NVIDIA H100 80GB HBM3",
+    ]
+    page = table.to_markdown_report(records, [verification()], {})
     assert "| weights 2048.0 | CUDA context 1024.0 | 3072.0 |" in page
 
 
@@ -177,7 +183,7 @@ def test_hosts_of_a_gpu_may_differ_in_cores_and_are_told():
     other = replace(MACHINE, cores=32, memory_bytes=256 * GIB)
     records = [record(), record("vllm", environment=replace(ENVIRONMENT, machine=other))]
     ensure_one_machine(records)
-    page = table.to_markdown_report(records, [])
+    page = table.to_markdown_report(records, [], {})
     assert "- Processor: Some CPU, 16 cores, 128.0 GiB and 32 cores, 256.0 GiB" in page
     on_cpu = [
         replace(one, case=replace(one.case, device="cpu"), environment=one.environment)
@@ -194,7 +200,7 @@ def test_builds_of_one_kernel_are_told_and_versions_refused():
 
     build = [of("6.1.0-18"), of("6.1.0-13")]
     ensure_one_machine(build)
-    page = table.to_markdown_report(build, [])
+    page = table.to_markdown_report(build, [], {})
     assert "- System: Linux, 6.1.0-13 and 6.1.0-18" in page
     with pytest.raises(UsageError, match=r"kernel '6\.1\.0-18' and '6\.1\.2-18'"):
         ensure_one_machine([of("6.1.0-18"), of("6.1.2-18")])
@@ -247,7 +253,7 @@ def test_notes_say_how_and_when():
 def test_rows():
     measured = record(runs=(run(2000, 4000), run(2100), run(1900)))
     failed = record("vllm", Status.OOM, shape=Workload(1, 4096), asked_bytes=3 * MIB // 2)
-    first, second = table.rows([measured, failed])
+    first, second = table.rows([measured, failed], published().values)
     assert first == table.Row(
         id="llama_pytorch_1_1",
         model="llama",
@@ -265,11 +271,13 @@ def test_rows():
     )
     assert (second.steady_mib, second.peak_mib, second.asked_mib) == (None, None, 1.5)
     assert (second.published_mib, second.reason) == (4866, "because")
-    assert [row.published_mib for row in table.rows([measured], custom=True)] == [None]
+    assert [row.published_mib for row in table.rows([measured], {})] == [None]
 
 
 def test_csv_round_trip():
-    rows = table.rows([record(), record("vllm", Status.FAILED, reason='a, "b"\r\nc')])
+    rows = table.rows(
+        [record(), record("vllm", Status.FAILED, reason='a, "b"\r\nc')], published().values
+    )
     first, second = csv.DictReader(io.StringIO(table.to_csv(rows)))
     assert tuple(first) == table.COLUMNS
     assert (first["steady_mib"], first["published_mib"], first["reason"]) == ("2000.0", "2660", "")
@@ -278,13 +286,13 @@ def test_csv_round_trip():
 
 @pytest.mark.parametrize("reason", ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "\n-1"])
 def test_csv_cells_are_no_formulas(reason):
-    text = table.to_csv(table.rows([record(status=Status.FAILED, reason=reason)]))
+    text = table.to_csv(table.rows([record(status=Status.FAILED, reason=reason)], {}))
     (line,) = csv.DictReader(io.StringIO(text))
     assert line["reason"] == f"'{reason.strip()}"
 
 
 def test_json_round_trip():
-    rows = table.rows([record(), record("vllm", Status.FAILED)])
+    rows = table.rows([record(), record("vllm", Status.FAILED)], {})
     first, second = json.loads(table.to_json(rows))
     assert tuple(first) == table.COLUMNS
     assert first["steady_mib"] == 2000.0
@@ -294,7 +302,7 @@ def test_json_round_trip():
 
 def test_markdown_is_one_line_a_row_and_shows_text_as_it_is():
     reason = "a | b\n`c` <class 'X'> \\ __init__ *x* \x1b[31m"
-    text = table.to_markdown(table.rows([record(status=Status.FAILED, reason=reason)]))
+    text = table.to_markdown(table.rows([record(status=Status.FAILED, reason=reason)], {}))
     head, rule, line = text.splitlines()
     assert head == f"| {' | '.join(table.COLUMNS)} |"
     assert rule.split(" | ")[table.COLUMNS.index("steady_mib")] == "---:"
@@ -309,7 +317,9 @@ def test_report_page():
         record(shape=Workload(32, 1), settings={"dtype": "float16", "mode": "max"}),
         record("vllm", Status.UNAVAILABLE, settings={}),
     ]
-    page = table.to_markdown_report(records, [verification(error=2.5e-4), verification("x", 0.5)])
+    page = table.to_markdown_report(
+        records, [verification(error=2.5e-4), verification("x", 0.5)], {}
+    )
     for part in (
         "- Device: NVIDIA H100 80GB HBM3, 80.0 GiB",
         "- Driver: 570.86.15",
@@ -323,10 +333,10 @@ def test_report_page():
         assert part in page
     assert "*timeout*" not in page
     assert "llama_vllm_1_1" not in page
-    assert table.to_markdown_report([], []).count("No ") == 3
+    assert table.to_markdown_report([], [], {}).count("No ") == 3
 
 
 def test_report_page_of_two_machines_is_refused():
     other = replace(ENVIRONMENT, machine=replace(MACHINE, os="Other"))
     with pytest.raises(UsageError, match="os 'Linux' and 'Other'"):
-        table.to_markdown_report([record(), record("vllm", environment=other)], [])
+        table.to_markdown_report([record(), record("vllm", environment=other)], [], {})

@@ -1,14 +1,13 @@
 import pytest
 
-from memladder.core.case import FIGURE_SYSTEMS, Workload
+from memladder.core.case import Workload
 from memladder.core.errors import UsageError
+from memladder.paper.rows import MODELS, SHAPES, SYSTEMS
 from memladder.sweeps import cases
 
 
-def test_defaults_are_the_figure() -> None:
-    selected = cases.select(
-        cases.parse_models(None), cases.parse_frameworks(None), cases.parse_shapes(None), "cpu"
-    )
+def test_the_figure_has_72_cells() -> None:
+    selected = cases.select(MODELS, SYSTEMS, SHAPES, "cpu")
     assert len(selected) == 72
     assert selected[0].id == "llama_pytorch_1_1"
 
@@ -31,11 +30,11 @@ def test_unknown_models_are_named(text: str) -> None:
 
 def test_unknown_frameworks_are_named_with_what_is_known() -> None:
     with pytest.raises(UsageError, match=r"'tensorflow'; known: pytorch, onnxruntime, tensorrt"):
-        cases.parse_frameworks("tensorflow")
+        cases.parse_frameworks("tensorflow", first=SYSTEMS)
 
 
 def test_every_system_of_the_figure_can_be_asked_about() -> None:
-    for system in FIGURE_SYSTEMS:
+    for system in SYSTEMS:
         found = cases.availability(system, "cpu")
         assert found.available or found.reason
     assert cases.availability("welder", "cpu").available

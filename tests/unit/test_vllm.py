@@ -13,12 +13,13 @@ import torch
 from torch import nn
 
 from memladder import frameworks, models
-from memladder.core.case import FIGURE_SHAPES, Case, Workload
+from memladder.core.case import Case, Workload
 from memladder.core.errors import UnavailableError
 from memladder.core.units import KIB, MIB, mib
 from memladder.frameworks import vllm, vllm_engine
 from memladder.frameworks.base import Job, packed_bytes
 from memladder.models import LayerConfig
+from memladder.paper.rows import SHAPES
 
 
 @pytest.mark.parametrize(
@@ -70,7 +71,7 @@ def test_the_cache_is_counted_in_bytes() -> None:
         assert arguments["kv_cache_memory_bytes"] == whole + block
 
 
-@pytest.mark.parametrize("shape", FIGURE_SHAPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_one_step_takes_the_batch_and_a_long_prompt_comes_in_parts(shape: Workload) -> None:
     arguments = vllm_engine.engine_arguments(models.layer_config("llama"), "fp16", shape)
     assert arguments["max_num_batched_tokens"] == {1: 1, 32: 32, 4096: 512}[shape.tokens]

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from memladder import frameworks, models
-from memladder.core.case import FIGURE_MODELS, Case
+from memladder.core.case import Case, Workload
 from memladder.core.errors import UnavailableError, UsageError
 from memladder.core.files import writable_folder, write_atomic
 from memladder.core.record import Record, Status, Verification
@@ -28,6 +28,7 @@ from memladder.meter import environment
 from memladder.meter.outside import runner
 from memladder.models import LayerConfig
 from memladder.models.cache import default_dir
+from memladder.paper import rows
 from memladder.sweeps import cases as sweep_cases
 from memladder.sweeps import store
 from memladder.sweeps.executors import serial
@@ -60,6 +61,23 @@ class Request:
     def log(self) -> Path:
         """The folder of the records."""
         return self.output_dir / "log"
+
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        """Which models; the figure's by default."""
+        return tuple(rows.MODELS) if self.models is None else sweep_cases.parse_models(self.models)
+
+    @property
+    def framework_names(self) -> tuple[str, ...]:
+        """Which frameworks; the figure's by default."""
+        if self.frameworks is None:
+            return tuple(rows.SYSTEMS)
+        return sweep_cases.parse_frameworks(self.frameworks, first=rows.SYSTEMS)
+
+    @property
+    def workloads(self) -> tuple[Workload, ...]:
+        """At which shapes; the figure's by default."""
+        return rows.SHAPES if self.shapes is None else sweep_cases.parse_shapes(self.shapes)
 
     def configs(self, names: Sequence[str]) -> dict[str, LayerConfig]:
         """The layer of each model; a config of the user's stands for its own model alone."""
@@ -95,10 +113,10 @@ def plain_console(stderr: bool = False) -> Console:
 
 def draw_published(output_dir: Path) -> None:
     """Draw the published figure as `png/` and `pdf/memory_usage_a100.*`."""
-    from memladder.reports import figure
+    from memladder.paper import figure11
 
     png, pdf = _pictures(output_dir, "a100")
-    figure.draw_published(png, pdf)
+    figure11.draw_published(png, pdf)
     print(f"{png}\n{pdf}")
 
 
@@ -113,14 +131,17 @@ def draw_store(path: Path, output_dir: Path) -> None:
 def _draw(
     records: Sequence[Record], verifications: Sequence[Verification], output_dir: Path
 ) -> None:
+    from memladder.paper import figure11
+    from memladder.paper.published import published
     from memladder.reports import cells, figure, table
 
     found = cells.cells_from(records, verifications)
     custom = _custom(records)
-    page = table.to_markdown_report(records, verifications, custom=custom)
+    page = table.to_markdown_report(records, verifications, {} if custom else published().values)
     png, pdf = _pictures(output_dir, _slug(records))
     figure.draw_measured(
         found,
+        figure11.grid(),
         png,
         pdf,
         device_label=cells.device_label(records),
@@ -135,7 +156,7 @@ def _draw(
 def _layers(records: Iterable[Record]) -> str:
     """Which layers were measured, where they are not the figure's."""
     found = {
-        record.case.model: f"{FIGURE_MODELS.get(record.case.model, record.case.model)} layer of "
+        record.case.model: f"{models.title(record.case.model)} layer of "
         f"{record.layer.parameters:,} parameters, hidden size {record.layer.config['hidden_size']}"
         for record in records
         if record.layer is not None
@@ -175,9 +196,9 @@ def _slug(records: Sequence[Record]) -> str:
 def measure(request: Request) -> int:
     """Measure one case; prints the artifact's two lines. 0 when measured or out of memory."""
     device = environment.resolve_device(request.device)
-    model = _single("model", sweep_cases.parse_models(request.models))
-    framework = _single("framework", sweep_cases.parse_frameworks(request.frameworks))
-    (shape,) = sweep_cases.parse_shapes(request.shapes)
+    model = _single("model", request.model_names)
+    framework = _single("framework", request.framework_names)
+    (shape,) = request.workloads
     case = Case(model, framework, shape, device)
     config = request.configs([model])[model]
     options = request.options()
@@ -235,9 +256,9 @@ def sweep(request: Request) -> int:
     from memladder.sweeps.live import SweepView
 
     device = environment.resolve_device(request.device)
-    names = sweep_cases.parse_frameworks(request.frameworks)
-    shapes = sweep_cases.parse_shapes(request.shapes)
-    configs = request.configs(sweep_cases.parse_models(request.models))
+    names = request.framework_names
+    shapes = request.workloads
+    configs = request.configs(request.model_names)
     runnable, missing = _split(names, device)
     cases = sweep_cases.select(configs, runnable, shapes, device)
     kept = store.Store(request.log)
@@ -279,7 +300,7 @@ def _tell_missing(names: Sequence[str], device: str, console: Console) -> None:
 def verify(request: Request) -> int:
     """Compare frameworks with the reference; 0 when all agree."""
     device = environment.resolve_device(request.device)
-    names = sweep_cases.parse_frameworks(request.frameworks)
+    names = request.framework_names
     runnable, missing = _split(names, device)
     planned = [name for name in runnable if sweep_cases.availability(name, device).plans]
     runnable = [name for name in runnable if name not in planned]
@@ -333,7 +354,7 @@ def tune(request: Request) -> int:
     device = environment.resolve_device(request.device)
     if device == "cpu":
         raise UsageError("tune measures a GPU's kernels; --device cpu has none")
-    names = sweep_cases.parse_frameworks(request.frameworks)
+    names = request.framework_names
     runnable, missing = _split([name for name in names if name.startswith("ladder")], device)
     _tell_missing(missing, device, plain_console(stderr=True))
     if not runnable:
@@ -351,10 +372,10 @@ def tune(request: Request) -> int:
     cache_dir = request.options().cache_dir
     file = tuning.path(cache_dir, __version__)
     tuning.load(file)
-    shapes = sweep_cases.parse_shapes(request.shapes)
+    shapes = request.workloads
     cases = [
         (config, variant, shape)
-        for config in request.configs(sweep_cases.parse_models(request.models)).values()
+        for config in request.configs(request.model_names).values()
         for variant in map(frameworks.get, runnable)
         for shape in shapes
     ]
@@ -380,11 +401,11 @@ def show_frameworks(device: str) -> None:
     table.add_column("key", no_wrap=True)
     for column in ("system", f"on {resolved}", "version", "why not", "to get it"):
         table.add_column(column, overflow="fold")
-    for name in sweep_cases.known_frameworks():
+    for name in sweep_cases.parse_frameworks("all", first=rows.SYSTEMS):
         found = sweep_cases.availability(name, resolved)
         table.add_row(
             name,
-            sweep_cases.title(name),
+            frameworks.get(name).title,
             "planned" if found.plans else "yes" if found.available else "no",
             found.version or "",
             found.reason or "",
@@ -405,13 +426,15 @@ def show_record(path: Path) -> None:
 
 def print_table(path: Path, form: str) -> None:
     """Print a row a case as Markdown, CSV or JSON."""
+    from memladder.paper.published import published
     from memladder.reports import table
 
     writers = {"md": table.to_markdown, "csv": table.to_csv, "json": table.to_json}
     if form not in writers:
         raise UsageError(f"format {form!r} is not one of {', '.join(writers)}")
     records = _read_store(path).records
-    print(writers[form](table.rows(records, custom=_custom(records))), end="")
+    known = {} if _custom(records) else published().values
+    print(writers[form](table.rows(records, known)), end="")
 
 
 def show_floor(path: Path) -> int:

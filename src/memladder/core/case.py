@@ -11,23 +11,6 @@ MAX_BATCH_SIZE = 65_536
 MAX_SEQ_LEN = 1_048_576
 MAX_TOKENS = 16_777_216
 
-# Figure 11 of the Ladder paper: its rows in its order, and the labels of its legend.
-FIGURE_MODELS = {"llama": "LLAMA", "bloom": "BLOOM"}
-FIGURE_SYSTEMS = {
-    "pytorch": "PyTorch-Inductor",
-    "onnxruntime": "ONNXRuntime",
-    "tensorrt": "TensorRT",
-    "vllm": "vLLM",
-    "vllm_fp16_int4": "vLLM-W_INT4 A_FP16",
-    "welder": "Welder",
-    "ladder": "Ladder",
-    "ladder_fp16_int4": "Ladder-W_INT4 A_FP16",
-    "ladder_fp16_nf4": "Ladder-W_NF4 A_FP16",
-    "ladder_fp8_fp8": "Ladder-W_FP8 A_FP8",
-    "ladder_mxfp8_mxfp8": "Ladder-W_MXFP8 A_MXFP8",
-    "ladder_int8_int1": "Ladder-W_INT1 A_INT8",
-}
-
 _NAME = re.compile(r"[a-z][a-z0-9]*(_[a-z0-9]+)*")
 _DEVICE = re.compile(r"cpu|cuda:\d+")
 
@@ -71,9 +54,6 @@ class Workload:
 
     def __str__(self) -> str:
         return f"{self.batch_size}x{self.seq_len}"
-
-
-FIGURE_SHAPES = (Workload(1, 1), Workload(32, 1), Workload(1, 4096))
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,9 @@ from memladder.core.errors import FormatError
 if TYPE_CHECKING:
     from memladder.formats.base import Format
 
+ACTIVATIONS = {"fp8": "fp8", "mxfp8": "mxfp8", "int1": "int8"}
+"""Weight formats whose products take activations in a format of their own; all others take fp16."""
+
 _NOT_FORMATS = {"base", "elements", "mx"}
 _FLAGS = {"true": True, "false": False}
 

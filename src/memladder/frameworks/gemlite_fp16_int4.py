@@ -75,10 +75,10 @@ class GemLiteInt4(Quantised):
         """Half a byte an element, an fp16 scale a group."""
         return rows * columns // 2 + _SCALE_BYTES * rows * columns // group_size(job.config)
 
-    def format_settings(self, config: LayerConfig) -> Mapping[str, Setting]:
+    def format_settings(self, job: Job) -> Mapping[str, Setting]:
         """Groups, and how kernels are tuned."""
         return {
-            "group_size": group_size(config),
+            "group_size": group_size(job.config),
             "zero": _ZERO,
             "packing_bitwidth": 32,
             "autotune": "default",

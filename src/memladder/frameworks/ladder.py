@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from memladder import formats
-from memladder.core.case import FIGURE_SYSTEMS, Case
+from memladder.core.case import Case
 from memladder.frameworks.base import Availability, Framework, Job, Session, Setting
 from memladder.frameworks.torch_common import (
     compute_capability,
@@ -58,7 +58,9 @@ class Ladder(Framework):
     def __init__(self, activation: str, weight: str) -> None:
         self.activation = activation
         self.weight = weight
-        self.title = f"Ladder-W_{weight.upper()} A_{activation.upper()}"
+        plain = (activation, weight) == ("fp16", "fp16")
+        formats_told = "" if plain else f"-W_{weight.upper()} A_{activation.upper()}"
+        self.title = f"Ladder{formats_told}"
 
     def availability(self, device: str) -> Availability:
         """On CUDA it needs a CUDA build of torch, Triton, and a GPU that has what it uses."""
@@ -268,11 +270,13 @@ class _Session(Session):
 
 
 def _variants() -> dict[str, Ladder]:
-    figure = [name.removeprefix("ladder_") for name in FIGURE_SYSTEMS if "ladder_" in name]
-    pairs = [(name.partition("_")[0], name.partition("_")[2]) for name in figure]
-    drawn = {weight for _, weight in pairs}
-    pairs += [("fp16", name) for name in formats.names() if name not in drawn | _NO_WEIGHTS]
-    return {f"{activation}_{weight}": Ladder(activation, weight) for activation, weight in pairs}
+    """A variant a weight format, with the activations that go with it."""
+    pairs = ((formats.ACTIVATIONS.get(name, "fp16"), name) for name in formats.names())
+    return {
+        f"{activation}_{weight}": Ladder(activation, weight)
+        for activation, weight in pairs
+        if weight not in _NO_WEIGHTS
+    }
 
 
 FRAMEWORK = Ladder("fp16", "fp16")

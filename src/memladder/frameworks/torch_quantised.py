@@ -2,6 +2,8 @@
 
 Norms, biases and attention are PyTorch's, compiled as in `pytorch.py`; each linear layer is the
 package's own. A matrix goes to the device, is quantised there, and is gone before the next comes.
+Each module then runs once: some packages repack their parameters on first use, and a compiled graph
+would be traced with the packed ones and given the others.
 """
 
 from __future__ import annotations
@@ -37,23 +39,33 @@ class Quantised(PyTorch):
 
     @abstractmethod
     def quantise(self, linear: nn.Linear, config: LayerConfig) -> nn.Module:
-        """What stands in the place of a linear layer that is on its device."""
+        """What takes the place of a linear layer that is on its device, not used yet."""
 
     @abstractmethod
     def held(self, module: nn.Module) -> Mapping[str, int]:
-        """Bytes of what `quantise` made without its bias: `weights` and, if any, `tables`."""
+        """Bytes of a used module without its bias: `weights` and, if any, `tables`."""
 
     @abstractmethod
     def dequantised(self, module: nn.Module) -> torch.Tensor:
-        """The matrix [out, in] that the module stands for, float32 on the CPU."""
+        """The matrix [out, in] that a used module stands for, float32 on the CPU."""
 
     @abstractmethod
     def matrix_bytes(self, rows: int, columns: int, job: Job) -> int:
-        """Bytes of a matrix in the format, with scales, in closed form."""
+        """Bytes of a matrix as a used module holds it, with scales, in closed form."""
 
     @abstractmethod
-    def format_settings(self, config: LayerConfig) -> Mapping[str, Setting]:
+    def format_settings(self, job: Job) -> Mapping[str, Setting]:
         """What the package was asked for."""
+
+    def used(self, linear: nn.Linear, config: LayerConfig) -> nn.Module:
+        """What `quantise` makes, after one token of zeros: its parameters are final."""
+        import torch
+
+        token = linear.weight.new_zeros(1, linear.in_features)
+        module = self.quantise(linear, config).eval()
+        with torch.inference_mode():
+            module(token)
+        return module
 
     def dtype(self, device: torch.device) -> tuple[torch.dtype, str]:
         """What activations are in, and why."""
@@ -93,7 +105,7 @@ class Quantised(PyTorch):
         for name, linear in linears(true.block):
             kept = torch.nn.Linear(linear.in_features, linear.out_features, bias=False)
             kept.weight = torch.nn.Parameter(linear.weight.to(device, dtype), requires_grad=False)
-            matrix = self.dequantised(self.quantise(kept, job.config))
+            matrix = self.dequantised(self.used(kept, job.config))
             layer.put(true, f"{name}.weight", matrix)
             linear.register_forward_pre_hook(lambda _, inputs: (self.rounded(inputs[0]),))
         states = torch.from_numpy(weights.hidden_states(job.config, job.case.shape, job.seed))
@@ -136,7 +148,7 @@ class _Session(InductorSession):
                         layer.put(made, name, tensor)
             del tensor
             if module in waiting:
-                quantised = framework.quantise(waiting.pop(module), config)
+                quantised = framework.used(waiting.pop(module), config)
                 made.block.set_submodule(module, quantised)
                 self._modules[module] = quantised
             gc.collect()
@@ -146,7 +158,7 @@ class _Session(InductorSession):
 
     def settings(self) -> Mapping[str, Setting]:
         """Inductor's, and the package's."""
-        return {**super().settings(), **self._framework.format_settings(self.job.config)}
+        return {**super().settings(), **self._framework.format_settings(self.job)}
 
     def held(self) -> Mapping[str, int]:
         """`weights`: matrices as the package keeps them, norms and biases."""

@@ -86,9 +86,9 @@ class TorchAOInt4(Quantised):
         groups = rows * columns // group_size(job.config)
         return rows * columns // 2 + _SCALE_AND_ZERO_BYTES * groups
 
-    def format_settings(self, config: LayerConfig) -> Mapping[str, Setting]:
+    def format_settings(self, job: Job) -> Mapping[str, Setting]:
         """Groups, and how zero points are chosen."""
-        return {"group_size": group_size(config), "algorithm": "tinygemm", "zero_points": True}
+        return {"group_size": group_size(job.config), "algorithm": "tinygemm", "zero_points": True}
 
 
 FRAMEWORK = TorchAOInt4()

@@ -96,9 +96,9 @@ class TorchAOFp8(Quantised):
         del job
         return rows * columns + _SCALE_BYTES * rows
 
-    def format_settings(self, config: LayerConfig) -> Mapping[str, Setting]:
+    def format_settings(self, job: Job) -> Mapping[str, Setting]:
         """Granularity."""
-        del config
+        del job
         return {"granularity": "per row", "element": "e4m3", "activation_scales": "dynamic"}
 
 

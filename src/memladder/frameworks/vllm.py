@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from memladder.core.case import FIGURE_SYSTEMS, Case
+from memladder.core.case import Case
 from memladder.core.errors import UnavailableError
 from memladder.core.files import write_atomic
 from memladder.frameworks import vllm_engine
@@ -53,8 +53,8 @@ class Vllm(Framework):
         "compressed-tensors",
     )
 
-    def __init__(self, key: str, weight: str) -> None:
-        self.title = FIGURE_SYSTEMS[key]
+    def __init__(self, title: str, weight: str) -> None:
+        self.title = title
         self.weight = weight
 
     def availability(self, device: str) -> Availability:
@@ -269,5 +269,5 @@ def _kernels(layer: nn.Module) -> dict[str, Setting]:
     return found
 
 
-FRAMEWORK = Vllm("vllm", "fp16")
-VARIANTS = {"fp16_int4": Vllm("vllm_fp16_int4", "int4")}
+FRAMEWORK = Vllm("vLLM", "fp16")
+VARIANTS = {"fp16_int4": Vllm("vLLM-W_INT4 A_FP16", "int4")}

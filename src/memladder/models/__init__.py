@@ -4,8 +4,8 @@ A layer is described by a Hugging Face configuration, read from a local file or 
 file here; nothing is downloaded and no code of a checkpoint runs. This module and the models'
 files stay light: torch and transformers are imported when a layer is built.
 
-A model's file defines `VALUES` and `NARROW` (configurations), `read` (a `config.json` to the
-values that the layer depends on), `tensor_shapes`, `widths`, `require_fixed_positions`, and the
+A model's file defines `TITLE`, `VALUES` and `NARROW` (configurations), `read` (a `config.json` to
+the values that the layer depends on), `tensor_shapes`, `widths`, `require_fixed_positions`, and the
 three steps that `layer.py` builds a module from: `block`, `inputs` and `call`.
 """
 
@@ -25,6 +25,7 @@ from typing import Any
 from memladder.core.errors import ConfigError, UsageError
 
 _NOT_MODELS = {
+    "architecture",
     "cache",
     "ends",
     "fields",
@@ -71,6 +72,11 @@ def names() -> tuple[str, ...]:
     """Keys of all models, sorted."""
     found = (module.name for module in pkgutil.iter_modules(__path__))
     return tuple(sorted(set(found) - _NOT_MODELS))
+
+
+def title(model: str) -> str:
+    """A model's name in tables and figures; that of an unknown one is its key."""
+    return str(definition(model).TITLE) if model in names() else model
 
 
 def definition(model: str) -> ModuleType:

@@ -14,6 +14,8 @@ from memladder.models import Widths, fields
 if TYPE_CHECKING:
     import torch
 
+TITLE = "BLOOM"
+
 VALUES: Mapping[str, Any] = {
     "model_type": "bloom",
     "hidden_size": 14336,

@@ -15,6 +15,8 @@ from memladder.models import Widths, fields
 if TYPE_CHECKING:
     import torch
 
+TITLE = "LLAMA"
+
 VALUES: Mapping[str, Any] = {
     "model_type": "llama",
     "hidden_size": 8192,

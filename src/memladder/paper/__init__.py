@@ -1,1 +1,1 @@
-"""Figure 11 of the Ladder paper (OSDI'24): the published values that are drawn."""
+"""Figure 11 of the Ladder paper (OSDI'24): its data, its rows, and its picture."""

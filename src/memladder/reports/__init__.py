@@ -1,1 +1,1 @@
-"""What is shown: the figure, the tables, and the published values that they are held against."""
+"""What is shown: figures, tables, and the explanation of one record."""

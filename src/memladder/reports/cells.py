@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from typing import TypeAlias
 
 from memladder import frameworks
-from memladder.core.case import FIGURE_SYSTEMS, Workload
+from memladder.core.case import Workload
 from memladder.core.errors import UsageError
 from memladder.core.record import Record, Source, Status, Verification
 from memladder.core.units import format_bytes, mib
@@ -89,9 +89,7 @@ def ensure_one_machine(records: Sequence[Record]) -> None:
 
 
 def system_label(system: str) -> str:
-    """A system's name in the figure: the paper's, the framework's title, or else the key."""
-    if system in FIGURE_SYSTEMS:
-        return FIGURE_SYSTEMS[system]
+    """A system's name in figures: the framework's title, or else the key."""
     return frameworks.get(system).title if system in frameworks.names() else system
 
 

@@ -18,7 +18,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import FixedFormatter, FixedLocator, NullFormatter
 
-from memladder.core.case import FIGURE_MODELS, Workload
+from memladder import models
+from memladder.core.case import Workload
 from memladder.core.files import write_atomic
 from memladder.reports import style
 from memladder.reports.cells import Key, system_label
@@ -102,7 +103,7 @@ def _write_head_and_foot(figure: Figure, page: Page, content: Content) -> None:
 def _legend_handles(content: Content) -> list[Patch]:
     handles = [Patch(label=look.value, **_fill(look, style.QUIET)) for look in content.looks]
     if content.reference:
-        handles.append(Patch(label="published (A100)", facecolor=style.PALE, edgecolor="none"))
+        handles.append(Patch(label=content.reference_label, facecolor=style.PALE, edgecolor="none"))
     return handles
 
 
@@ -110,9 +111,7 @@ def _set_up_axes(axes: Axes, scale: Scale, page: Page, model: str) -> None:
     axes.set_xscale("log")
     axes.set_xlim(scale.lower, scale.upper)
     axes.set_ylim(page.rows_high, 0)
-    axes.set_title(
-        FIGURE_MODELS.get(model, model), loc="left", size=style.PANEL_SIZE, weight="bold"
-    )
+    axes.set_title(models.title(model), loc="left", size=style.PANEL_SIZE, weight="bold")
     axes.set_xlabel("MiB (logarithmic)", size=style.TICK_SIZE, color=style.QUIET)
     ticks = scale.ticks()
     axes.xaxis.set_major_locator(FixedLocator(ticks))

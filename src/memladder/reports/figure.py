@@ -1,4 +1,4 @@
-"""Figure 11, drawn to be read: a panel a model, a group a shape, a named row for every system.
+"""Cells, drawn to be read: a panel a model, a group a shape, a named row for every system.
 
 Bars lie down so that names and values are written straight and nothing needs a colour key. All
 panels share one logarithmic axis in MiB; it starts at a round number below the smallest value.
@@ -7,15 +7,15 @@ panels share one logarithmic axis in MiB; it starts at a round number below the 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 from matplotlib.figure import Figure
 
-from memladder.core.case import FIGURE_MODELS, FIGURE_SHAPES, FIGURE_SYSTEMS, Case
+from memladder.core.case import Workload
 from memladder.core.errors import UsageError
 from memladder.core.record import Status
-from memladder.paper.published import published
 from memladder.reports import style
 from memladder.reports.cells import Cell, Key
 from memladder.reports.drawing import draw, save
@@ -26,10 +26,23 @@ T = TypeVar("T")
 
 MAX_MODELS = 6
 MAX_SHAPES = 24
-PAPER_LAYERS = (
-    "LLaMA-2-70B and BLOOM-176B; fp16 unless a system's name says otherwise; "
-    "no key-value cache from earlier tokens"
-)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What a figure always has, in its order: panels, rows and groups, whether measured or not.
+
+    `layers` says of which layers, `values` are MiB that the cells are held against, called
+    `reference`.
+    """
+
+    models: tuple[str, ...]
+    systems: tuple[str, ...]
+    shapes: tuple[Workload, ...]
+    layers: str
+    values: Mapping[Key, int]
+    reference: str
+
 
 _LOOKS = {
     Status.MEASURED: Look.SOLID,
@@ -38,13 +51,9 @@ _LOOKS = {
 }
 
 
-def draw_published(png: Path, pdf: Path) -> None:
-    """Draw the paper's figure from its published values. Raises UsageError."""
-    save(published_figure(), png, pdf)
-
-
 def draw_measured(
     cells: Mapping[Key, Cell],
+    grid: Grid,
     png: Path,
     pdf: Path,
     *,
@@ -53,39 +62,20 @@ def draw_measured(
     notes: Sequence[str] = (),
     custom: bool = False,
 ) -> None:
-    """Draw measured cells beside the published values, as PNG and PDF.
+    """Draw measured cells beside the grid's values, as PNG and PDF.
 
-    With `custom`, the layers are not the paper's: its values are left out, and so are its models
+    With `custom`, the layers are not the grid's: its values are left out, and so are its models
     and shapes that no cell has. Raises UsageError.
     """
     figure = measured_figure(
-        cells, device_label=device_label, subtitle=subtitle, notes=notes, custom=custom
+        cells, grid, device_label=device_label, subtitle=subtitle, notes=notes, custom=custom
     )
     save(figure, png, pdf)
 
 
-def published_figure() -> Figure:
-    """The figure that `draw_published` writes."""
-    marks = {key: Mark(value, Look.SOLID, str(value)) for key, value in _published_values().items()}
-    return draw(
-        Content(
-            title="Memory of one decoder layer (MiB): published (A100)",
-            subtitle=f"{published().device}; {PAPER_LAYERS}",
-            notes=(
-                "Source: the values published for Figure 11 of the OSDI'24 paper on Ladder (2024). "
-                "Memory in use on the whole device in steady state, CUDA context included.",
-            ),
-            models=tuple(FIGURE_MODELS),
-            systems=tuple(FIGURE_SYSTEMS),
-            shapes=FIGURE_SHAPES,
-            marks=marks,
-            reference={},
-        )
-    )
-
-
 def measured_figure(
     cells: Mapping[Key, Cell],
+    grid: Grid,
     *,
     device_label: str,
     subtitle: str = "",
@@ -95,9 +85,9 @@ def measured_figure(
     """The figure that `draw_measured` writes. Raises UsageError."""
     if not cells:
         raise UsageError("there are no records to draw")
-    models = _ordered(FIGURE_MODELS, sorted({model for model, _, _ in cells}), keep=not custom)
-    systems = _ordered(FIGURE_SYSTEMS, sorted({system for _, system, _ in cells}), keep=True)
-    shapes = _ordered(FIGURE_SHAPES, sorted({shape for _, _, shape in cells}), keep=not custom)
+    models = _ordered(grid.models, sorted({model for model, _, _ in cells}), keep=not custom)
+    systems = _ordered(grid.systems, sorted({system for _, system, _ in cells}), keep=True)
+    shapes = _ordered(grid.shapes, sorted({shape for _, _, shape in cells}), keep=not custom)
     for kind, count, limit in (
         ("models", len(models), MAX_MODELS),
         ("shapes", len(shapes), MAX_SHAPES),
@@ -106,7 +96,7 @@ def measured_figure(
             raise UsageError(f"{count} {kind} are too many for a figure; {limit} fit")
     keys = [(m, s, shape) for m in models for shape in shapes for s in systems]
     marks = {key: _mark(cells.get(key)) for key in keys}
-    layers = "" if custom else PAPER_LAYERS
+    layers = "" if custom else grid.layers
     texts = {mark.text for mark in marks.values()}
     explained = " ".join(text for key, text in style.EXPLAINED.items() if key in texts)
     return draw(
@@ -118,26 +108,18 @@ def measured_figure(
             systems=systems,
             shapes=shapes,
             marks=marks,
-            reference={} if custom else _published_values(),
+            reference={} if custom else grid.values,
+            reference_label=grid.reference,
+            others=tuple(system for system in systems if system not in grid.systems),
         )
     )
 
 
-def _published_values() -> dict[Key, int]:
-    values = published().values
-    return {
-        (model, system, shape): values[Case(model, system, shape, "cpu").id]
-        for model in FIGURE_MODELS
-        for shape in FIGURE_SHAPES
-        for system in FIGURE_SYSTEMS
-    }
-
-
 def _ordered(known: Iterable[T], present: Iterable[T], *, keep: bool) -> tuple[T, ...]:
-    """The paper's items in its order, then the others; with `keep` also those not present."""
-    paper, seen = tuple(known), tuple(present)
-    first = [item for item in paper if keep or item in seen]
-    return (*first, *(item for item in seen if item not in paper))
+    """Known items in their order, then the others; with `keep` also absent ones."""
+    wanted, seen = tuple(known), tuple(present)
+    first = [item for item in wanted if keep or item in seen]
+    return (*first, *(item for item in seen if item not in wanted))
 
 
 def _mark(cell: Cell | None) -> Mark:

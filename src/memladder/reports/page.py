@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
 
-from memladder.core.case import FIGURE_SYSTEMS, Workload
+from memladder.core.case import Workload
 from memladder.reports import style
 from memladder.reports.cells import Key, system_label
 
@@ -34,7 +34,11 @@ class Mark:
 
 @dataclass(frozen=True)
 class Content:
-    """Everything that is drawn, before it has a place. `reference` is the published values."""
+    """Everything that is drawn, before it has a place.
+
+    `reference` are MiB that the marks are held against, and `reference_label` their name;
+    `others` the systems that are drawn beside the grid's own.
+    """
 
     title: str
     subtitle: str
@@ -44,6 +48,8 @@ class Content:
     shapes: tuple[Workload, ...]
     marks: Mapping[Key, Mark]
     reference: Mapping[Key, int]
+    reference_label: str = ""
+    others: tuple[str, ...] = ()
 
     @property
     def extents(self) -> list[tuple[float, float]]:
@@ -65,11 +71,6 @@ class Content:
     def has_legend(self) -> bool:
         """Where every bar is solid and there is nothing to compare with, it would say nothing."""
         return bool(self.reference) or any(look is not Look.SOLID for look in self.looks)
-
-    @property
-    def others(self) -> tuple[str, ...]:
-        """The systems that the paper does not have."""
-        return tuple(system for system in self.systems if system not in FIGURE_SYSTEMS)
 
 
 @dataclass(frozen=True)

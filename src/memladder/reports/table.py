@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass, fields
 
 from memladder.core.record import Record, Status, Verification
 from memladder.core.units import format_bytes, mib
-from memladder.paper.published import published
 from memladder.reports.cells import ensure_one_machine, plain_name, representative
 
 Value = str | int | float | None
@@ -53,10 +52,9 @@ class Row:
 COLUMNS = tuple(field.name for field in fields(Row))
 
 
-def rows(records: Iterable[Record], *, custom: bool = False) -> tuple[Row, ...]:
-    """A row a record, in the records' order; `custom` leaves the published values out."""
-    known: Mapping[str, int] = {} if custom else published().values
-    return tuple(_row(record, known.get(record.case.id)) for record in records)
+def rows(records: Iterable[Record], published: Mapping[str, int]) -> tuple[Row, ...]:
+    """A row a record, in the records' order, beside MiB that were published of its case."""
+    return tuple(_row(record, published.get(record.case.id)) for record in records)
 
 
 def to_markdown(table: Iterable[Row]) -> str:
@@ -83,7 +81,9 @@ def to_json(table: Iterable[Row]) -> str:
 
 
 def to_markdown_report(
-    records: Sequence[Record], verifications: Sequence[Verification], *, custom: bool = False
+    records: Sequence[Record],
+    verifications: Sequence[Verification],
+    published: Mapping[str, int],
 ) -> str:
     """The page beside the figure: machine, table, what is missing, verification, settings.
 
@@ -95,7 +95,7 @@ def to_markdown_report(
         "# Memory of one decoder layer",
         _environment(records),
         "## Cases",
-        to_markdown(rows(ran, custom=custom)),
+        to_markdown(rows(ran, published)),
         _legend(ran),
         *_plans(ran),
         "## Not available here",

@@ -5,45 +5,30 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from memladder import frameworks, models
-from memladder.core.case import FIGURE_MODELS, FIGURE_SHAPES, FIGURE_SYSTEMS, Case, Workload
+from memladder.core.case import Case, Workload
 from memladder.core.errors import UsageError
 from memladder.environments import ask
 from memladder.frameworks.base import Availability
 
 
-def known_frameworks() -> tuple[str, ...]:
-    """The figure's systems in its order, then the other frameworks that this version can run."""
-    return (*FIGURE_SYSTEMS, *(name for name in frameworks.names() if name not in FIGURE_SYSTEMS))
-
-
-def title(framework: str) -> str:
-    """The framework's label: the figure's own where it has one."""
-    return FIGURE_SYSTEMS.get(framework) or frameworks.get(framework).title
-
-
 def availability(framework: str, device: str) -> Availability:
-    """Whether a known framework can run on `device` here. Raises UsageError for an unknown one."""
-    if framework in frameworks.names():
-        return ask.availability(framework, frameworks.get(framework), device)
-    raise UsageError(f"unknown framework {framework!r}; known: {', '.join(known_frameworks())}")
+    """Whether a framework can run on `device` here. Raises UsageError for an unknown one."""
+    return ask.availability(framework, frameworks.get(framework), device)
 
 
-def parse_models(text: str | None) -> tuple[str, ...]:
-    """Comma-separated model names; None means the figure's. Raises UsageError."""
-    return _parse_names("model", text, tuple(FIGURE_MODELS), models.names())
+def parse_models(text: str) -> tuple[str, ...]:
+    """Comma-separated model names. Raises UsageError."""
+    return _parse_names("model", text, models.names())
 
 
-def parse_frameworks(text: str | None) -> tuple[str, ...]:
-    """Comma-separated keys, or `all`; None means the figure's systems. Raises UsageError."""
-    if text == "all":
-        return known_frameworks()
-    return _parse_names("framework", text, tuple(FIGURE_SYSTEMS), known_frameworks())
+def parse_frameworks(text: str, first: Iterable[str] = ()) -> tuple[str, ...]:
+    """Comma-separated keys, or `all`, which begins with `first`. Raises UsageError."""
+    known = tuple(dict.fromkeys((*first, *frameworks.names())))
+    return known if text == "all" else _parse_names("framework", text, known)
 
 
-def parse_shapes(text: str | None) -> tuple[Workload, ...]:
-    """Comma-separated `BATCHxSEQ`; None means the figure's three. Raises UsageError."""
-    if text is None:
-        return FIGURE_SHAPES
+def parse_shapes(text: str) -> tuple[Workload, ...]:
+    """Comma-separated `BATCHxSEQ`. Raises UsageError."""
     return tuple(dict.fromkeys(Workload.parse(part) for part in _parts("shape", text)))
 
 
@@ -63,11 +48,7 @@ def select(
     )
 
 
-def _parse_names(
-    kind: str, text: str | None, default: tuple[str, ...], known: tuple[str, ...]
-) -> tuple[str, ...]:
-    if text is None:
-        return default
+def _parse_names(kind: str, text: str, known: tuple[str, ...]) -> tuple[str, ...]:
     names = tuple(dict.fromkeys(_parts(kind, text)))
     for name in names:
         if name not in known:

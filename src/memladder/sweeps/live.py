@@ -11,11 +11,11 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from memladder.core.case import FIGURE_MODELS, Case, Workload
+from memladder import frameworks, models
+from memladder.core.case import Case, Workload
 from memladder.core.record import Record, Status
 from memladder.core.units import mib
 from memladder.meter.outside.runner import Event
-from memladder.sweeps.cases import title
 
 _STYLES = {
     Status.MEASURED: "bold",
@@ -113,7 +113,8 @@ class SweepView:
         self._current, self._doing = case, "starting"
 
     def verifying(self, framework: str) -> None:
-        self._current, self._doing = None, f"checking {title(framework)} against the fp32 reference"
+        name = frameworks.get(framework).title
+        self._current, self._doing = None, f"checking {name} against the fp32 reference"
         if not self._console.is_terminal:
             self._console.print(self._doing, highlight=False)
 
@@ -156,7 +157,7 @@ class SweepView:
         rows = dict.fromkeys((case.model, case.framework) for case in self._cases)
         for model, framework in rows:
             cells = [self._cell(model, framework, shape) for shape in shapes]
-            table.add_row(FIGURE_MODELS.get(model, model), title(framework), *cells)
+            table.add_row(models.title(model), frameworks.get(framework).title, *cells)
         return table
 
     def _cell(self, model: str, framework: str, shape: Workload) -> Text:

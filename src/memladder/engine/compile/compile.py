@@ -15,7 +15,7 @@ from memladder.engine.compile.traffic import Traffic
 from memladder.engine.frontend import convert
 from memladder.engine.graph.fused import Parameters
 from memladder.engine.graph.nodes import Graph
-from memladder.engine.packed.packed_layer import ACTIVATIONS, Form
+from memladder.engine.packed.packed_layer import Form
 from memladder.engine.program.builder import CHUNK, TILE
 from memladder.engine.program.plan import ArenaPlan, plan
 from memladder.engine.program.steps import Program
@@ -65,7 +65,7 @@ def compile_file(path: Path, options: CompileOptions) -> Result:
     ):
         raise UsageError("welder fuses and has no number format but fp16; ladder has others")
     name = str(kind).partition(":")[0]
-    activation = formats.get(options.activation or ACTIVATIONS.get(name, "fp16"))
+    activation = formats.get(options.activation or formats.ACTIVATIONS.get(name, "fp16"))
     if not activation.is_activation:
         allowed = ", ".join(key for key in formats.names() if formats.get(key).is_activation)
         raise UsageError(f"{options.activation} is no activation format; allowed: {allowed}")

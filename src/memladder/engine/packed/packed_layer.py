@@ -37,9 +37,6 @@ from memladder.kernels.packed import PackedMatrix
 RECIPE = "3"
 _KEYS = ("memladder_packed", "format", "formats", "layer", "shape")
 
-# As in the figure: a weight format that comes with an activation format of its own.
-ACTIVATIONS = {"fp8": "fp8", "mxfp8": "mxfp8", "int1": "int8"}
-
 Table = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 Held = TypeVar("Held", bound="Weights")
 

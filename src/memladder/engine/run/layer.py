@@ -14,7 +14,7 @@ from memladder.core.case import Workload
 from memladder.core.errors import UsageError
 from memladder.engine.compile import bundle
 from memladder.engine.packed import packed_layer
-from memladder.engine.packed.packed_layer import ACTIVATIONS, PackedLayer
+from memladder.engine.packed.packed_layer import PackedLayer
 from memladder.engine.program.plan import plan
 from memladder.engine.program.steps import Program
 from memladder.engine.run.execute import Execution, arena_bytes
@@ -96,7 +96,7 @@ def load_layer(
     where = torch_device(device)
     packed = packed_layer.load(Path(path))
     name = str(packed.form.format).partition(":")[0]
-    rounded = activation_format(activation or ACTIVATIONS.get(name, "fp16"))
+    rounded = activation_format(activation or formats.ACTIVATIONS.get(name, "fp16"))
     return RunnableLayer(packed, lambda shape: packed.form.program(shape, rounded), where)
 
 

@@ -11,12 +11,13 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from memladder import formats
 from memladder.core.errors import UsageError
 from memladder.core.units import format_bytes
 from memladder.engine.packed import folder as folders
 from memladder.engine.packed import packed_layer, rest
 from memladder.engine.packed.folder import Index
-from memladder.engine.packed.packed_layer import ACTIVATIONS, PackedLayer, Weights
+from memladder.engine.packed.packed_layer import PackedLayer, Weights
 from memladder.engine.program.builder import CHUNK
 from memladder.engine.program.cache import CacheShape
 from memladder.engine.program.model import (
@@ -177,7 +178,7 @@ def _allocator(device: torch.device) -> Callable[[int], Tensor]:
 
 def _activation(index: Index, spec: str | None) -> Format | None:
     name = index.options.format.partition(":")[0]
-    return activation_format(spec or ACTIVATIONS.get(name, "fp16"))
+    return activation_format(spec or formats.ACTIVATIONS.get(name, "fp16"))
 
 
 def _limits(index: Index, context: int | None, batch_size: int, chunk: int) -> Limits:

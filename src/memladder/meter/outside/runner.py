@@ -10,7 +10,7 @@ from pathlib import Path
 
 from memladder import frameworks, models
 from memladder.core import devices
-from memladder.core.case import FIGURE_SHAPES, Case, Workload
+from memladder.core.case import Case, Workload
 from memladder.core.devices import Device
 from memladder.core.errors import RecordError, UnavailableError, UsageError, WorkerError
 from memladder.core.record import (
@@ -33,6 +33,8 @@ from memladder.meter.protocol import JobText, Mode, Order
 __all__ = ["STEADY_S", "Event", "Limits", "measure", "run_once", "unavailable", "verify"]
 
 STEADY_S = 2.0
+# One token, several rows, and a long sequence: each takes other kernels.
+VERIFIED_SHAPES = (Workload(1, 1), Workload(32, 1), Workload(1, 4096))
 _ITEM_BYTES = 2
 # No CUDA context is this small; a case with less did not run on the device.
 _LEAST_CONTEXT = 32 * MIB
@@ -181,7 +183,7 @@ def verify(
     log_path: Path,
     on_event: OnEvent | None = None,
     model_names: Sequence[str] | None = None,
-    shapes: Sequence[Workload] = FIGURE_SHAPES,
+    shapes: Sequence[Workload] = VERIFIED_SHAPES,
     seed: int = 0,
     module: str | None = None,
 ) -> Verification:
