@@ -144,19 +144,14 @@ def _without_layers(raw: Mapping[str, Any]) -> tuple[nn.Module, _Nothing]:
 
     given = {name: value for name, value in raw.items() if name not in _NOT_BUILT}
     config = AutoConfig.for_model(raw["model_type"], **given)
-    types = getattr(config, "layer_types", None)
     config.num_hidden_layers, config.vocab_size = 0, _VOCABULARY
     config.pad_token_id, config.use_cache = None, False
-    if types is not None:
-        config.layer_types = []
     model: nn.Module = AutoModelForCausalLM.from_config(config).float().eval()
     empty = [m for m in model.modules() if isinstance(m, nn.ModuleList) and not len(m)]
     if len(empty) != 1:
         raise ConfigError(f"it has {len(empty)} lists of layers; a decoder has one")
     layer = _Nothing()
     empty[0].append(layer)
-    if types is not None:
-        config.layer_types = list(types[:1])
     config.num_hidden_layers = 1
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -221,8 +216,8 @@ def _described(
         vocabulary=_VOCABULARY,
         hidden_size=entered.shape[-1],
         embedding=names[id(table.weight)],
-        factor=_ratio(entered, functional.embedding(ids, table.weight)),
-        positions=None if learned is None else names[id(learned.module.weight)],
+        factor=_ratio(entered, functional.embedding(ids, table.get_parameter("weight"))),
+        positions=None if learned is None else names[id(learned.module.get_parameter("weight"))],
         offset=0 if learned is None else _offset(learned),
         embedding_norm=_norm(others[0], names) if others else None,
         final_norm=_norm(norms[0], names) if norms else None,
@@ -260,8 +255,8 @@ def _norm(call: _Call, names: Mapping[int, str]) -> Norm:
         for shift in (0.0, 1.0):
             computed = normed(call.given, kind, float(eps), weight, bias, shift)
             if _agrees(computed, call.found):
-                own = (None if p is None else names[id(p)] for p in (weight, bias))
-                return Norm(kind, float(eps), *own, shift if weight is not None else 0.0)
+                own = [None if p is None else names[id(p)] for p in (weight, bias)]
+                return Norm(kind, float(eps), own[0], own[1], shift if own[0] else 0.0)
     raise ConfigError(f"its {called} is no norm that is known")
 
 
@@ -315,8 +310,8 @@ def headed(ends: Ends, tensor: Callable[[str], Tensor], states: Tensor) -> Tenso
 def _named_norm(norm: Norm | None, tensor: Callable[[str], Tensor], states: Tensor) -> Tensor:
     if norm is None:
         return states
-    parts = (None if name is None else tensor(name) for name in (norm.weight, norm.bias))
-    return normed(states, norm.kind, norm.eps, *parts, norm.shift)
+    weight, bias = (None if name is None else tensor(name) for name in (norm.weight, norm.bias))
+    return normed(states, norm.kind, norm.eps, weight, bias, norm.shift)
 
 
 # Said of a whole model or of its weights; these build none of what is looked at here.

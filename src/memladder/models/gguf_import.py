@@ -153,13 +153,13 @@ def _write_shard(path: Path, config: Mapping[str, Any], tensors: Mapping[str, An
     from safetensors.numpy import save_file
 
     save_file(
-        {name: _values(path, config, name, tensor) for name, tensor in tensors.items()},
+        {name: _values(config, name, tensor) for name, tensor in tensors.items()},
         path,
         {"format": "pt"},
     )
 
 
-def _values(path: Path, config: Mapping[str, Any], name: str, tensor: Any) -> np.ndarray:
+def _values(config: Mapping[str, Any], name: str, tensor: Any) -> np.ndarray:
     from gguf import quants
 
     try:
@@ -190,4 +190,3 @@ def _write_tokenizer(path: Path, out: Path) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     tokenizer.save_pretrained(out)
-

@@ -13,13 +13,13 @@ from memladder import formats
 from memladder.core.errors import FormatError, UsageError
 from memladder.core.files import writable_folder
 from memladder.engine.compile import layers
-from memladder.engine.compile.layers import CompiledLayer
 from memladder.engine.packed import folder as folders
 from memladder.engine.packed import packing, rest
 from memladder.engine.packed.checkpoint import Checkpoint, CheckpointLayer, Outside
 from memladder.engine.packed.folder import Index, Matrix, Options, Packed
 from memladder.engine.packed.packed_layer import Contents, Form
 from memladder.engine.packed.packing import MatrixReport
+from memladder.engine.packed.sources import CompiledLayer
 from memladder.formats.base import Format
 from memladder.models import LayerConfig, cache, ends
 
@@ -38,15 +38,17 @@ def pack(checkpoint: Checkpoint, options: Options, out: Path, tell: Tell) -> Ind
     writable_folder(out)
     cache.require_space(out, work.missing_bytes(index), "folder", "choose an --out elsewhere")
     total = work.parameters
-    done = sum(packed.parameters for packed in index.layers)
+
+    def telling(name: str) -> Callable[[int], None]:
+        before = sum(packed.parameters for packed in index.layers)
+        return lambda part: tell(name, before + part, total)
+
     for number in range(len(index.layers), work.count):
-        name = f"layer {number} of {work.count}"
-        packed = work.pack_layer(number, out, lambda part, name=name, done=done: tell(name, done + part, total))
+        packed = work.pack_layer(number, out, telling(f"layer {number} of {work.count}"))
         index = replace(index, layers=(*index.layers, packed))
         index.save(out)
-        done += packed.parameters
     if index.rest is None:
-        found = work.pack_rest(out, lambda part: tell("embeddings and head", done + part, total))
+        found = work.pack_rest(out, telling("embeddings and head"))
         index = replace(index, rest=found, tokenizer=_copied(checkpoint.folder, out))
         index.save(out)
     return index
@@ -156,7 +158,9 @@ class _Work:
         return found
 
     def _check_patterns(self) -> None:
-        known = [names for layer in self._checkpoint.layers for names in self._names(layer).values()]
+        known = [
+            names for layer in self._checkpoint.layers for names in self._names(layer).values()
+        ]
         for pattern in self._options.kept:
             if not any(fnmatchcase(one, pattern) for names in known for one in names):
                 listed = ", ".join(f"{own} ({inner})" for own, inner, _ in known[:16])

@@ -80,7 +80,8 @@ class Checkpoint:
         shapes = {}
         for name, (path, stored) in found.items():
             with packed_layer.opened(path) as file:
-                if stored not in file.keys():
+                there = set(file.keys())
+                if stored not in there:
                     raise FormatError(f"{path}: tensor {stored} is missing, which the index has")
                 shapes[name] = _shape(path, stored, file.get_slice(stored))
         return Outside(found, shapes)
@@ -113,7 +114,9 @@ def open_all(folder: Path) -> Checkpoint:
         beyond = tuple(text.format(count) for text in family.LAYER_PREFIXES)
         for name in tensors:
             if name.startswith(beyond):
-                raise FormatError(f"{folder}: tensor {name[:80]!r}; by config.json there are {count} layers")
+                raise FormatError(
+                    f"{folder}: tensor {name[:80]!r}; by config.json there are {count} layers"
+                )
     except OSError as error:
         raise FormatError(f"{folder}: {error.strerror or error}") from None
     return Checkpoint(folder, raw, tuple(layers), tensors)

@@ -118,9 +118,7 @@ def _vector(read: packing.Rows, name: str | None, default: float, shift: float) 
     )
 
 
-def _finite(
-    name: str, rows: Callable[[int, int], Tensor]
-) -> Callable[[int, int], Tensor]:
+def _finite(name: str, rows: Callable[[int, int], Tensor]) -> Callable[[int, int], Tensor]:
     def read(start: int, stop: int) -> Tensor:
         found = rows(start, stop)
         if not found.isfinite().all():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import TypeVar
@@ -79,7 +79,7 @@ def load_model(
     parts = _Parts(index, packed, own, _activation(index, activation))
     plans = parts.plans(limits, len(places), cache_format, every_logits)
     for place in dict.fromkeys(places):
-        if place.type == "cuda" and not torch.cuda.is_initialized():
+        if place.type == "cuda" and not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             driver.lean_context(place.index or 0)
         _require_room(place, places, plans, parts, limits)
     stages = [
@@ -98,9 +98,7 @@ class _Parts:
     rest: Weights
     activation: Format | None
 
-    def plans(
-        self, limits: Limits, stages: int, cache_format: str, every: bool
-    ) -> list[StagePlan]:
+    def plans(self, limits: Limits, stages: int, cache_format: str, every: bool) -> list[StagePlan]:
         """One for each device."""
         names = frozenset((*self.rest.matrices, *self.rest.vectors))
         found = []
@@ -137,10 +135,9 @@ class _Parts:
         """The stage's, by the names that its programs have for them."""
         own = {f"{number}.": self.layers[number] for number, *_ in planned.layers}
         ends = planned.around
-        read = (EMBEDDING, NUMBERS, LEARNED, "embedding_norm") if ends.first else ()
-        if ends.last:
-            head = EMBEDDING if self.index.ends.is_tied else HEAD
-            read += (head, HEAD_BIAS, "final_norm")
+        head = EMBEDDING if self.index.ends.is_tied else HEAD
+        read = {EMBEDDING, NUMBERS, LEARNED, "embedding_norm"} if ends.first else set()
+        read |= {head, HEAD_BIAS, "final_norm"} if ends.last else set()
 
         def wanted(held: Mapping[str, T]) -> dict[str, T]:
             return {k: v for k, v in held.items() if k in read or k.rpartition(".")[0] in read}
@@ -152,15 +149,23 @@ class _Parts:
             vectors |= {prefix + name: vector for name, vector in layer.vectors.items()}
         return Weights(matrices, vectors)
 
+    def bytes_in(self, planned: StagePlan, spec: str) -> int:
+        """Of the stage's weights, if its layers' matrices were in another format."""
+        kind, fp16 = formats.get(spec), formats.get("fp16")
+        now = sum(self.layers[number].nbytes for number, *_ in planned.layers)
+        other = sum(
+            replace(form, format=kind, others=dict.fromkeys(form.others, fp16)).nbytes
+            for _, form, _ in planned.layers
+        )
+        return packed_layer.device_bytes(self.weights(planned)) - now + other
+
 
 def _placed(weights: Weights, device: torch.device) -> Weights:
     """As they are on the CPU, a copy in one block on a GPU."""
     if device.type == "cpu":
         return weights
     use_tuned_cuts()
-    return packed_layer.on_device(
-        weights, _allocator(device)(packed_layer.device_bytes(weights))
-    )
+    return packed_layer.on_device(weights, _allocator(device)(packed_layer.device_bytes(weights)))
 
 
 def _allocator(device: torch.device) -> Callable[[int], Tensor]:
@@ -187,7 +192,9 @@ def _limits(index: Index, context: int | None, batch_size: int, chunk: int) -> L
         context = min(CONTEXT, known) if known else CONTEXT
     for name, value in (("context", context), ("batch_size", batch_size), ("chunk", chunk)):
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 1 << 24:
-            raise UsageError(f"{name} {str(value)[:40]!r} is not a whole number from 1 to {1 << 24}")
+            raise UsageError(
+                f"{name} {str(value)[:40]!r} is not a whole number from 1 to {1 << 24}"
+            )
     if known and context > known:
         raise UsageError(f"a context of {context} tokens; this model knows positions up to {known}")
     return Limits(batch_size, context, min(chunk, context))
@@ -225,9 +232,9 @@ def _require_room(
     left = free - weights - arena
     context = limits.context * left // cache if left > 0 else 0
     fits = [
-        f"{name}"
+        name
         for name in ("fp8", "int4", "int1")
-        if parts.bytes_in(own, name) + cache + arena <= free
+        if sum(parts.bytes_in(planned, name) for planned in own) + cache + arena <= free
     ]
     advice = [f"a context of {context} tokens would fit"] if context > 0 else []
     advice += [f"format {fits[0]} would fit"] if fits else []

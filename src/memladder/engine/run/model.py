@@ -17,7 +17,7 @@ from torch import Tensor
 
 from memladder.core.case import Workload
 from memladder.core.errors import UsageError
-from memladder.engine.run.driver import Graph
+from memladder.engine.run.driver import CudaGraph
 from memladder.engine.run.sampling import Sampler
 from memladder.engine.run.stage import Stage, lengths
 
@@ -44,7 +44,7 @@ class RunnableModel:
         self._stages = tuple(stages)
         self._past = [0] * limits.batch_size
         self._active: list[int] = []
-        self._graphs: list[Graph] | None = None
+        self._graphs: list[CudaGraph] | None = None
         self._lock = threading.RLock()
         self._step_shape = Workload(limits.batch_size, 1)
         if all(stage.device.type == "cuda" for stage in stages):
@@ -91,7 +91,9 @@ class RunnableModel:
         """float32 [tokens, vocabulary], on the CPU: the logits of every token of one sequence,
         which begins anew. Raises UsageError unless the model was loaded with `every_logits`."""
         if not self._stages[-1].planned.around.every:
-            raise UsageError("this model was loaded for last logits; load it with every_logits=True")
+            raise UsageError(
+                "this model was loaded for last logits; load it with every_logits=True"
+            )
         with self._lock, self._running():
             self._check([token_ids], False)
             self._past = [0] * self.limits.batch_size
@@ -313,11 +315,11 @@ class RunnableModel:
         for sequence in sequences:
             self._past[sequence] += 1
 
-    def _recorded(self, stage: Stage) -> Graph:
+    def _recorded(self, stage: Stage) -> CudaGraph:
         execution = stage.execution(self._step_shape)
         execution.input.copy_(torch.zeros(execution.input.shape, dtype=execution.input.dtype))
         with torch.cuda.device(stage.device):
-            return Graph(lambda: stage.step(self._step_shape), stage.device)
+            return CudaGraph(lambda: stage.step(self._step_shape), stage.device)
 
     @contextmanager
     def _running(self) -> Iterator[None]:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -53,5 +51,3 @@ class Sampler:
         before = probabilities.cumsum(0) - probabilities
         probabilities = torch.where(before < self._top_p, probabilities, 0.0)
         return int(order[torch.multinomial(probabilities, 1, generator=generator)])
-
-

@@ -14,11 +14,12 @@ from torch import Tensor
 from memladder.core.case import Workload
 from memladder.engine.packed import packed_layer
 from memladder.engine.packed.packed_layer import Form, Weights
-from memladder.engine.program.cache import CacheShape, Positions
+from memladder.engine.program.cache import CacheShape
 from memladder.engine.program.model import Around, join
 from memladder.engine.program.plan import ArenaPlan, plan
 from memladder.engine.program.steps import Program
 from memladder.engine.run.execute import Execution, shared_arena_bytes
+from memladder.engine.run.positions import Positions
 from memladder.formats.base import Format
 
 
@@ -97,8 +98,8 @@ def kernels(device: torch.device) -> ModuleType:
 class Stage:
     """A plan's layers on a device.
 
-    Memory, all of it taken here: `weights`, one block on a GPU and mapped files on the CPU; `cache`;
-    `arena`. Cache and arena may hold anything at first.
+    Memory: `weights`, one block on a GPU and mapped files on the CPU; cache and arena, which are
+    taken here, and may hold anything at first.
     """
 
     def __init__(
