@@ -275,8 +275,8 @@ def test_traffic_is_counted_by_hand(cache_dir: Path) -> None:
     assert unfused == sum(sizes.values()) + 2 * apart
 
 
-# MiB that Nsight Compute counted on an H100, read and written: docs/traffic-h100.md. By model,
-# weights, first matrix of the step, and its rows.
+# MiB that Nsight Compute counted on an H100, read and written: docs/evidence/traffic-h100.md. By
+# model, weights, first matrix of the step, and its rows.
 COUNTED = {
     ("llama", "fp16", "query", 512): 144.0,
     ("llama", "fp16", "output", 512): 144.1,

@@ -71,7 +71,7 @@ def test_the_floor_pages_are_what_was_measured(name: str, device: str) -> None:
     rows = floor.rows(records, device)
     assert len(rows) == 36 + 6
     assert all(row.holds for row in rows)
-    assert floor.to_markdown(rows) in (ROOT / "docs" / f"floor-{name}.md").read_text()
+    assert floor.to_markdown(rows) in (ROOT / "docs/evidence" / f"floor-{name}.md").read_text()
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -86,7 +86,7 @@ def test_the_page_of_frameworks_has_tensorrt_as_planned_logged_and_published(
     logged = published.rerun().values.get(case.id)
     name = {"llama": "LLaMA", "bloom": "BLOOM"}[model]
     row = f"| {name} {shape.batch_size}×{shape.seq_len} | {mib(plan.nbytes):.0f} |"
-    page = (ROOT / "docs/frameworks.md").read_text().splitlines()
+    page = (ROOT / "docs/reference/frameworks.md").read_text().splitlines()
     (line,) = [line for line in page if line.startswith(row)]
     cells = [cell.strip() for cell in line.split("|")[3:-1]]
     assert cells[0] == str(logged) if logged else cells[0].startswith("invalid")

@@ -1,6 +1,7 @@
 """The record: everything known about one measured case, immutable and schema-versioned.
 
-docs/record.md describes each field. Sizes are bytes, times seconds, both from the monotonic clock.
+docs/reference/record.md describes each field. Sizes are bytes, times seconds, both from the
+monotonic clock.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ computes the least beyond the output's edge.
 
 Tiles are computed in waves, one tile a multiprocessor, all rows of a column of tiles together. So a
 weight is read once, and the activation once a wave, if the weights that pass by meanwhile push it
-out of the cache: as Nsight Compute counts it on an H100 (docs/traffic-h100.md).
+out of the cache: as Nsight Compute counts it on an H100 (docs/evidence/traffic-h100.md).
 """
 
 from __future__ import annotations
