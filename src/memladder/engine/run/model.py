@@ -67,6 +67,22 @@ class RunnableModel:
         """Tokens of each sequence in the cache."""
         return tuple(self._past)
 
+    def step_bytes(self) -> int:
+        """What the next step reads at least: weights, and what the cache holds of sequences."""
+        weights = sum(stage.step_weight_bytes() for stage in self._stages)
+        cache = sum(stage.memory["cache"] for stage in self._stages)
+        held = sum(self._past[sequence] for sequence in self._active)
+        return weights + cache * held // (self.limits.batch_size * self.limits.context)
+
+    def bandwidth(self) -> float | None:
+        """Bytes a second that the first device's memory gives at most; None where nobody says."""
+        device = self._stages[0].device
+        if device.type == "cpu":
+            return None
+        found = torch.cuda.get_device_properties(device)
+        # Both edges of a clock in kHz, a bus in bits.
+        return 2e3 * found.memory_clock_rate * found.memory_bus_width / 8
+
     def prefill(self, token_ids: Sequence[Sequence[int]], *, keep: bool = False) -> Tensor:
         """Sequences from 0 on, of any lengths, into the cache; float32 [sequences, vocabulary], on
         the CPU: the logits of each one's last token.

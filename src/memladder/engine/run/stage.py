@@ -15,7 +15,7 @@ from memladder.core.case import Workload
 from memladder.engine.packed import packed_layer
 from memladder.engine.packed.packed_layer import Form, Weights
 from memladder.engine.program.cache import CacheShape
-from memladder.engine.program.model import Around, join
+from memladder.engine.program.model import EMBEDDING, Around, join
 from memladder.engine.program.plan import ArenaPlan, plan
 from memladder.engine.program.steps import Program
 from memladder.engine.run.execute import Execution, shared_arena_bytes
@@ -126,6 +126,13 @@ class Stage:
             "cache": self._cache.numel(),
             "arena": self._arena.numel(),
         }
+
+    def step_weight_bytes(self) -> int:
+        """Bytes of weights that a step reads: all but embeddings that are not the head too."""
+        ends = self.planned.around
+        if not ends.first or (ends.last and ends.ends.is_tied):
+            return self.weights.nbytes
+        return self.weights.nbytes - self.weights.matrices[EMBEDDING].nbytes
 
     def positions(self, shape: Workload) -> Positions:
         """Where the sequences of a run at that shape are."""
