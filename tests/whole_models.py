@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from memladder.engine.compile import whole
 from memladder.engine.packed import checkpoint
 from memladder.engine.packed.folder import Options
+from memladder.formats.base import Format
 from tests.hf_layers import LAYERS
 
 VOCABULARY = 97
@@ -97,3 +98,11 @@ def dequantised(module: Any, source: Path, folder: Path) -> nn.Module:
     if "head" in own.matrices:
         tensors[index.ends.head].data = own.matrices["head"].dequantise()
     return found
+
+
+def round_activations(module: Any, activation: Format) -> None:
+    """Let a Llama's layers round as the engine does, see `memladder.engine.packed.reference`."""
+    from memladder.engine.packed import reference
+
+    for block in module.model.layers:
+        reference._round(block, activation, {f"self_attn.{one}_proj" for one in "qkv"})

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from memladder import load_model
+from memladder import formats, load_model
 from memladder.core.errors import FormatError, UsageError
 from memladder.engine.run import load
 from memladder.engine.run.model import RunnableModel
@@ -154,30 +154,32 @@ def test_layers_divided_over_devices(name: str, made: Callable[..., Made]) -> No
         load_model(folder, devices=["cpu"] * 4)
 
 
-@pytest.mark.parametrize(
-    ("form", "bound"), [("int4", 2e-3), ("nf4", 2e-3), ("fp8", 2e-2), ("int1", 2e-2)]
-)
+@pytest.mark.parametrize("form", ["int4", "nf4", "fp8", "int1"])
 @pytest.mark.parametrize("head", ["fp16", "int4"])
 def test_formats(
     form: str,
-    bound: float,
     head: str,
     made: Callable[..., Made],
     tmp_path: Path,
     cache_dir: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Against the model of the dequantised weights. Rounding activations to 8 bits is a step
-    function: there the bound is that of layers, two of which follow each other."""
+    """Against the model of the dequantised weights; where activations are rounded, against one
+    that rounds them too. Rounding to 8 bits is a step function: there three layers' bounds, of
+    2e-3 each, add up, and some tokens are moved over a step."""
     monkeypatch.setenv("MEMLADDER_CACHE", str(cache_dir))
     module, source, _ = made("llama", tie_word_embeddings=True)
     folder = whole_models.packed(source, tmp_path / "packed", form, head_format=head)
+    prompt = ids(40)
     reference = whole_models.dequantised(module, source, folder)
     model = load_model(folder, device="cpu", context=64, every_logits=True, activation="fp16")
-    prompt = ids(40)
     assert worst(model.logits(prompt), expected(reference, prompt)) < BOUND
-    rounded = load_model(folder, device="cpu", context=64, every_logits=True)
-    assert worst(rounded.logits(prompt), expected(reference, prompt)) < max(bound, 5e-2)
+    if form in formats.ACTIVATIONS:
+        whole_models.round_activations(reference, formats.get(formats.ACTIVATIONS[form]))
+        rounded = load_model(folder, device="cpu", context=64, every_logits=True)
+        found, wanted = rounded.logits(prompt), expected(reference, prompt)
+        lost = torch.linalg.vector_norm(found - wanted, dim=1)
+        assert float((lost / torch.linalg.vector_norm(wanted, dim=1)).median()) < 3 * BOUND
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ import typer
 
 from memladder import __version__
 from memladder.cli.commands.dequantize import dequantize
+from memladder.cli.commands.evaluate import evaluate
 from memladder.cli.commands.generate import generate
 from memladder.core.case import MAX_BATCH_SIZE, MAX_SEQ_LEN
 from memladder.core.errors import MemladderError, UnavailableError, UsageError
@@ -383,6 +384,7 @@ def run_layer(
 
 
 app.command()(generate)
+app.command()(evaluate)
 app.command()(dequantize)
 
 

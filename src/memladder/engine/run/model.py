@@ -117,7 +117,8 @@ class RunnableModel:
             parts = []
             for done, shape in self._rounds([token_ids]):
                 count = done[0][2]
-                parts.append(self._stages[-1].execution(shape).output[:count].cpu())
+                output = self._stages[-1].execution(shape).output
+                parts.append(output[:count].to("cpu", copy=True))
             return torch.cat(parts)
 
     def decode(self, token_ids: Sequence[int]) -> Tensor:
