@@ -12,7 +12,7 @@ import logging
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -72,6 +72,8 @@ LAYERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "mpt": ("mpt", {"d_model": 64, "n_heads": 4}),
     "cohere": ("cohere", WIDTHS),
     "olmo2": ("olmo2", WIDTHS),
+    "olmo3": ("olmo3", {**WIDTHS, "sliding_window": 8}),
+    "exaone4": ("exaone4", {**WIDTHS, "sliding_window": 8, "sliding_window_pattern": 4}),
     "granite": ("granite", {**WIDTHS, "attention_multiplier": 0.1, "residual_multiplier": 0.3}),
     "nemotron": ("nemotron", WIDTHS),
     "helium": ("helium", WIDTHS),
@@ -97,15 +99,21 @@ UNSUPPORTED = frozenset(("apertus", "diffllama"))
 _ALIKE = frozenset(
     (
         *("bloom_6", "phi3", "granite", "helium", "glm", "glm4", "gpt_bigcode", "hunyuan"),
-        *("codegen", "xglm", "stablelm", "nemotron", "olmo2", "cohere", "mistral_full", "gemma3"),
+        *("codegen", "xglm", "stablelm", "nemotron", "olmo2", "olmo3", "exaone4"),
+        *("cohere", "mistral_full", "gemma3"),
     )
 )
 
 
-def parameters(names: Iterable[str], *others: Any) -> list[Any]:
-    """Names of `LAYERS` for a test, and what follows each; some of them marked as slow."""
-    slow = [pytest.mark.slow]
-    return [pytest.param(name, *others, marks=slow if name in _ALIKE else []) for name in names]
+def parameters(names: Iterable[str], *others: Any, sample: Container[str] = ()) -> list[Any]:
+    """Names of `LAYERS` for a test, and what follows each; those outside the sample are slow, and
+    without one those that are put together as others are."""
+
+    def marks(name: str) -> list[Any]:
+        rest = name not in sample if sample else name in _ALIKE
+        return [pytest.mark.slow] if rest else []
+
+    return [pytest.param(name, *others, marks=marks(name)) for name in names]
 
 
 class Layer(nn.Module):

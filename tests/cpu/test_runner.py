@@ -20,6 +20,7 @@ from memladder import models
 from memladder.checks.calibration import calibrate
 from memladder.core.case import Case, Workload
 from memladder.core.errors import UnavailableError, UsageError, WorkerError
+from memladder.core.host import HostMemory
 from memladder.core.record import (
     PHASES,
     Record,
@@ -32,7 +33,7 @@ from memladder.core.record import (
 )
 from memladder.core.units import MIB
 from memladder.frameworks.base import Framework, Job
-from memladder.meter.outside import runner
+from memladder.meter.outside import patience, runner, watch
 from memladder.models import LayerConfig
 from tests.unit.examples import ENVIRONMENT
 
@@ -221,6 +222,12 @@ def test_a_breakdown_in_any_phase_is_failed(measure: Measure, place: str) -> Non
     assert record.reason == f"ValueError: the first line (in phase {where})"
 
 
+def test_a_preparation_that_ends_well_and_made_nothing_is_failed(measure: Measure) -> None:
+    record = measure({"prepare": "leave_well"})
+    assert (record.status, record.runs) == (Status.FAILED, ())
+    assert record.reason == "the worker exited with status 0 (in phase prepare)"
+
+
 def test_the_log_holds_what_the_worker_said(measure: Measure, tmp_path: Path) -> None:
     measure({"steady": "crash"})
     log = (tmp_path / "case.log").read_text()
@@ -245,11 +252,90 @@ def test_a_hog_is_ended_before_the_host_is(measure: Measure) -> None:
     assert time.monotonic() - start < 20
 
 
-def test_a_full_host_ends_the_case(measure: Measure) -> None:
-    record = measure({}, limits=runner.Limits(timeout_s=60.0, host_fraction=0.0001))
+def host(root: Path, used_mib: int, total_mib: int = 16 << 10) -> Path:
+    """A root folder whose kernel says so."""
+    (root / "proc/self").mkdir(parents=True, exist_ok=True)
+    part = root / "proc/meminfo.part"
+    part.write_text(
+        f"MemTotal: {total_mib << 10} kB\nMemAvailable: {(total_mib - used_mib) << 10} kB\n"
+    )
+    part.replace(root / "proc/meminfo")
+    (root / "proc/vmstat").write_text("oom_kill 0\n")
+    return root
+
+
+@pytest.fixture
+def played(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A host of 16 GiB that is told how much of it is in use."""
+    root = host(tmp_path / "host", 1000)
+    for module in (watch, patience):
+        monkeypatch.setattr(module, "HostMemory", lambda: HostMemory(root))
+    return root
+
+
+def test_a_host_that_others_have_filled_is_busy_and_no_case_is_started(
+    measure: Measure, played: Path
+) -> None:
+    host(played, 15_500)
+    phases: list[str] = []
+    limits = runner.Limits(timeout_s=60.0, patience_s=1.0)
+    record = measure({}, limits=limits, on_event=lambda event: phases.append(event.phase))
+    assert record.status is Status.BUSY
+    assert (record.reason or "").startswith(
+        "host memory: 15.1 GiB of 16.0 GiB were in use before the case; the limit is 92%; "
+    )
+    assert set(phases) == {"waiting for memory that others hold"}
+
+
+def test_a_case_that_others_push_out_is_tried_again(measure: Measure, played: Path) -> None:
+    phases: list[str] = []
+
+    def fill_once(event: runner.Event) -> None:
+        if event.phase == "compile" and "compile" not in phases:
+            host(played, 15_500)
+        if event.phase.startswith("waiting"):
+            host(played, 1000)
+        phases.append(event.phase)
+
+    record = measure({"compile": "nap"}, on_event=fill_once)
+    assert record.status is Status.MEASURED, record.reason
+    assert "waiting for memory that others hold" in phases
+
+
+def test_others_that_stay_are_named(measure: Measure, played: Path) -> None:
+    size = 300 * MIB
+    hog = subprocess.Popen(
+        [sys.executable, "-c", f"x = bytearray(b'1') * {size}; print(flush=True); input()"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert hog.stdout is not None
+    hog.stdout.readline()
+
+    def fill(event: runner.Event) -> None:
+        if event.phase == "compile":
+            host(played, 15_500)
+
+    limits = runner.Limits(timeout_s=60.0, patience_s=1.0)
+    try:
+        record = measure({"compile": "hang"}, limits=limits, on_event=fill)
+    finally:
+        hog.kill()
+        hog.communicate()
+    assert record.status is Status.BUSY
+    assert "; others: " in (record.reason or "")
+
+
+def test_a_case_that_fills_the_host_itself_is_out_of_memory(measure: Measure, played: Path) -> None:
+    def follow(event: runner.Event) -> None:
+        host(played, 100 + event.current_bytes // MIB, total_mib=1000)
+
+    host(played, 100, total_mib=1000)
+    record = measure({"weights": "hog"}, on_event=follow)
     assert record.status is Status.OOM
-    assert "the limit is 0%" in (record.reason or "")
-    assert "host memory: " in (record.reason or "")
+    assert "the limit is 92%" in (record.reason or "")
+    assert record.asked_bytes is not None
+    assert record.asked_bytes > 700 * MIB
 
 
 def test_a_hang_is_a_timeout(measure: Measure) -> None:
@@ -448,3 +534,57 @@ def test_verify_tells_a_wrong_output(framework: Framework, tmp_path: Path) -> No
     assert [check.error for check in verification.checks] == pytest.approx([1.0, 1.0])
     assert not verification.agrees
     assert json.loads(dumps(verification))["checks"][0]["tolerance"] == 2e-3
+
+
+def guard_of_the_only_worker() -> int:
+    """The process id of the guard below this process."""
+    (pid,) = [
+        process.pid
+        for process in psutil.Process().children()
+        if "memladder.meter.inside.guard" in process.cmdline()
+    ]
+    return pid
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP, signal.SIGQUIT])
+def test_a_guard_that_is_killed_or_stopped_fails_the_case_at_once(
+    measure: Measure, tmp_path: Path, number: signal.Signals
+) -> None:
+    pids = tmp_path / "pids"
+
+    struck: list[int] = []
+
+    def strike(event: runner.Event) -> None:
+        if event.phase == "compile" and not struck:
+            struck.append(guard_of_the_only_worker())
+            os.kill(struck[0], number)
+
+    began = time.monotonic()
+    record = measure({"weights": "family", "compile": "hang"}, str(pids), on_event=strike)
+    assert record.status is Status.FAILED
+    assert "the worker's guard was " in (record.reason or "")
+    assert time.monotonic() - began < 20
+    family = [int(line) for line in pids.read_text().split()]
+    assert len(family) == 3
+    assert not any(alive(pid) for pid in family)
+    assert measure({}).status is Status.MEASURED
+
+
+def test_what_is_sent_to_everybody_does_not_end_the_guard(measure: Measure) -> None:
+    def strike(event: runner.Event) -> None:
+        if event.phase == "compile":
+            for number in (signal.SIGINT, signal.SIGHUP):
+                os.kill(guard_of_the_only_worker(), number)
+
+    record = measure({}, on_event=strike)
+    assert record.status is Status.MEASURED, record.reason
+
+
+@pytest.mark.parametrize(
+    ("number", "name"),
+    [(signal.SIGRTMIN, "SIGRTMIN"), (signal.SIGRTMIN + 3, "SIGRTMIN+3"), (33, "signal 33")],
+)
+def test_every_signal_has_a_name(measure: Measure, number: int, name: str) -> None:
+    record = measure({"weights": "signalled"}, argument=int(number))
+    assert record.status is Status.FAILED
+    assert record.reason == f"the worker was ended by {name} (in phase weights)"

@@ -59,6 +59,14 @@ def killed(argument: Any) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def signalled(argument: Any) -> None:
+    os.kill(os.getpid(), argument)
+
+
+def nap(argument: Any) -> None:
+    time.sleep(0.5)
+
+
 def hang(argument: Any) -> None:
     time.sleep(600)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -30,7 +31,7 @@ LAUNCHES = {
     **{"gpt_neox": 7, "falcon": 6, "falcon_grouped": 7, "falcon_alibi": 7, "phi": 6, "phi3": 7},
     **{"gpt2": 7, "gptj": 6, "mpt": 7, "cohere": 6, "granite": 7, "helium": 7, "stablelm": 7},
     # A square after the rectifier; norms of heads; norms after attention and MLP.
-    **{"nemotron": 8, "qwen3": 11, "olmo2": 13},
+    **{"nemotron": 8, "qwen3": 11, "olmo2": 13, "olmo3": 13, "exaone4": 13},
     # Windows of 8 tokens; a soft cap; norms before and after.
     **{"mistral": 7, "gemma2": 11, "gemma3": 15},
     **{"codegen": 6, "xglm": 7, "glm": 7, "glm4": 11, "gpt_bigcode": 7, "hunyuan": 11},
@@ -126,3 +127,21 @@ def test_matrices_that_are_kept_among_quantised_ones(tmp_path: Path) -> None:
     expected = module(given)
     assert hf_layers.relative_error(found, expected) <= 4e-3
     assert hf_layers.relative_error(exact, expected) > 5e-3
+
+
+ACTIVATIONS = [key for key in formats.names() if formats.get(key).is_activation]
+# Norms before, after, and before and after; attention and MLP beside each other.
+_IN_PLACE = ("llama", "olmo2", "exaone4", "gemma2", "glm4", "phi")
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("name", hf_layers.parameters(LAUNCHES, sample=_IN_PLACE))
+def test_the_output_over_the_input_is_the_output_beside_it(
+    name: str, activation: str, tmp_path: Path
+) -> None:
+    layer = hf_layers.exported(name)
+    options = CompileOptions(format="int8", activation=activation)
+    (tmp_path / "beside").mkdir()
+    beside, _ = run(layer.path, layer.given, tmp_path / "beside", replace(options, in_place=False))
+    over, _ = run(layer.path, layer.given, tmp_path, options)
+    torch.testing.assert_close(over, beside, rtol=0, atol=0)

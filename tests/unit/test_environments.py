@@ -165,16 +165,16 @@ def test_uv_is_found_beside_the_interpreter(
 
 def test_without_uv_it_is_venv_and_pip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # A Python whose virtual environments have one whose pip says what it was asked.
-    inner = f'[ "$1" = -c ] && exec "{sys.executable}" "$@"; echo "$@" > "{tmp_path}/asked"'
+    inner = f'[ "$2" = -c ] && exec "{sys.executable}" "$@"; echo "$@" > "{tmp_path}/asked"'
     outer = (
-        f'#!/bin/sh\n[ "$1 $2" = "-m venv" ] || exit 1\nmkdir -p "$3/bin"\n'
+        f'#!/bin/sh\n[ "$2" = venv ] || exit 1\nmkdir -p "$3/bin"\n'
         f'cat > "$3/bin/python" <<\'END\'\n#!/bin/sh\n{inner}\nEND\nchmod +x "$3/bin/python"\n'
     )
     monkeypatch.setattr(sys, "executable", str(script(tmp_path / "python", outer)))
     monkeypatch.setenv("PATH", "/usr/bin:/bin")
     install.create("onnxruntime", "cpu", None, lambda _: None)
     asked = (tmp_path / "asked").read_text().split()
-    assert asked[:3] == ["-m", "pip", "install"]
+    assert asked[1:3] == ["pip", "install"]
     assert "onnxruntime==" in Path(asked[-1]).read_text()
 
 

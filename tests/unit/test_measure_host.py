@@ -5,7 +5,6 @@ import pytest
 
 from memladder.core.host import HostMemory
 from memladder.core.units import GIB, MIB
-from memladder.meter.outside.sampler import HostGuard
 
 
 def machine(root: Path, available_gib: int, cgroup: str = "") -> Path:
@@ -88,15 +87,27 @@ def test_this_machine_can_be_read() -> None:
     assert 0 < use.used < use.limit <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def test_the_guard_names_what_was_in_use_and_the_limit(tmp_path: Path) -> None:
-    guard = HostGuard(HostMemory(machine(tmp_path, 1)), 0.92, None)
-    reason = guard.breach(12 * GIB)
-    assert reason == (
-        "host memory: 15.0 GiB of 16.0 GiB were in use, 12.0 GiB of it by the case; "
-        "the limit is 92%"
+@pytest.mark.parametrize("stat", ["inactive_file {}\nactive_file {}\n", "active_file {1}\n"])
+def test_pages_of_files_are_not_in_use(tmp_path: Path, stat: str) -> None:
+    """What the kernel's memory.stat counts as file pages is given back before a refusal."""
+    root = machine(tmp_path, 15, "0::/\n")
+    group(
+        root / "sys/fs/cgroup",
+        memory__max=str(8 * GIB),
+        memory__current=str(7 * GIB),
+        memory__stat="anon 1\nfile 9\nshmem 7\n" + stat.format(2 * GIB, 3 * GIB),
     )
-    assert guard.fullest == pytest.approx(15 / 16)
-    assert HostGuard(HostMemory(tmp_path), 0.95, None).breach(12 * GIB) is None
-    assert "its limit is 100.0 MiB" in (
-        HostGuard(HostMemory(tmp_path), 0.95, 100 * MIB).breach(101 * MIB) or ""
+    cache = 5 * GIB if "inactive" in stat else 3 * GIB
+    assert [use.used for use in HostMemory(root).read_all()] == [GIB, 7 * GIB - cache]
+
+
+def test_pages_of_files_in_v1(tmp_path: Path) -> None:
+    root = machine(tmp_path, 15, "4:memory:/job\n")
+    group(
+        root / "sys/fs/cgroup/memory/job",
+        memory__limit_in_bytes=str(GIB),
+        memory__usage_in_bytes=str(900 * MIB),
+        memory__stat=f"active_file 5\ntotal_inactive_file {MIB}\ntotal_active_file {700 * MIB}\n",
     )
+    use = HostMemory(root).read()
+    assert (use.used, use.limit) == (199 * MIB, GIB)

@@ -72,6 +72,58 @@ def test_older_and_newer_spellings_agree(tmp_path: Path) -> None:
     assert first == second
 
 
+def rope(folder: Path, **values: Any) -> dict[str, Any]:
+    found: dict[str, Any] = models.layer_config("llama", write(folder, {**LLAMA, **values})).values
+    return found["rope_parameters"]
+
+
+def test_rope_fields_beside_their_object_are_part_of_it(tmp_path: Path) -> None:
+    """As `standardize_rope_params` of transformers has it."""
+    llama3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    before = "original_max_position_embeddings"
+    positions = {"max_position_embeddings": 131072}
+    beside = rope(tmp_path, rope_scaling=llama3, **positions, **{before: 8192})
+    assert beside == rope(tmp_path, rope_scaling={**llama3, before: 8192}, **positions)
+    assert beside[before] == 8192
+    # What stands beside counts where both are there; the longest sequence where neither is.
+    both = rope(tmp_path, rope_scaling={**llama3, before: 4096}, **positions, **{before: 8192})
+    assert both[before] == 8192
+    assert rope(tmp_path, rope_scaling=llama3, **positions)[before] == 131072
+    partial = rope(tmp_path, rope_theta=5e5, partial_rotary_factor=0.5)
+    assert partial == {
+        "rope_type": "default",
+        "rope_theta": 5e5,
+        "partial_rotary_factor": 0.5,
+    }
+    inside = {"rope_type": "default", "rope_theta": 1e6}
+    assert rope(tmp_path, rope_parameters=inside, rope_theta=5e5) == inside
+    linear = {"rope_type": "linear", "factor": 4.0}
+    chosen = rope(tmp_path, rope_parameters=inside, rope_scaling=linear, rope_theta=5e5)
+    assert chosen == {**linear, "rope_theta": 5e5}
+
+
+def test_blooms_two_spellings_are_read_as_transformers_reads_them(tmp_path: Path) -> None:
+    both = {"model_type": "bloom", "hidden_size": 64, "n_embed": 256, "n_head": 8}
+    config = models.layer_config("bloom", write(tmp_path, both))
+    assert models.hidden_size(config) == 256
+    heads = models.layer_config("bloom", write(tmp_path, {**both, "num_attention_heads": 4}))
+    assert heads.values["n_head"] == 4
+
+
+def test_positions_have_no_widths_bound(tmp_path: Path) -> None:
+    values = {**LLAMA, "max_position_embeddings": 4_194_304}
+    config = models.layer_config("llama", write(tmp_path, values))
+    assert config.values["max_position_embeddings"] == 4_194_304
+
+
+def test_heads_of_a_given_size_need_not_divide_the_width(tmp_path: Path) -> None:
+    values = {**LLAMA, "hidden_size": 100, "num_attention_heads": 3, "num_key_value_heads": 1}
+    config = models.layer_config("llama", write(tmp_path, {**values, "head_dim": 32}))
+    assert models.tensor_shapes(config)["self_attn.q_proj.weight"] == (96, 100)
+    with pytest.raises(ConfigError, match="hidden_size 100 is not a multiple"):
+        models.layer_config("llama", write(tmp_path, values))
+
+
 def test_biases_and_multi_head_attention_are_counted(tmp_path: Path) -> None:
     values = {**LLAMA, "num_key_value_heads": None, "attention_bias": True, "mlp_bias": True}
     config = models.layer_config("llama", write(tmp_path, values))

@@ -2,6 +2,7 @@ import pytest
 
 from memladder.core.case import Workload
 from memladder.core.errors import UsageError
+from memladder.core.record import Status
 from memladder.paper.rows import MODELS, SHAPES, SYSTEMS
 from memladder.sweeps import cases
 
@@ -38,3 +39,10 @@ def test_every_system_of_the_figure_can_be_asked_about() -> None:
         found = cases.availability(system, "cpu")
         assert found.available or found.reason
     assert cases.availability("welder", "cpu").available
+
+
+def test_statuses_to_try_again() -> None:
+    assert cases.parse_statuses(None) == frozenset()
+    assert cases.parse_statuses("oom, failed") == {Status.OOM, Status.FAILED}
+    with pytest.raises(UsageError, match="unknown status 'full'; known: measured, planned, "):
+        cases.parse_statuses("oom,full")

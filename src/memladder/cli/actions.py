@@ -55,6 +55,7 @@ class Request:
     output_dir: Path = Path()
     cache_dir: Path | None = None
     fresh: bool = False
+    retry: str | None = None
     results: Path | None = None
 
     @property
@@ -97,6 +98,7 @@ class Request:
             repeats=self.repeats,
             limits=runner.Limits(timeout_s=self.timeout_s),
             fresh=self.fresh,
+            retry=sweep_cases.parse_statuses(self.retry),
         )
 
 
@@ -121,11 +123,30 @@ def draw_published(output_dir: Path) -> None:
 
 
 def draw_store(path: Path, output_dir: Path) -> None:
-    """Draw the measured figure and its table from a store."""
+    """Draw the measured figure and its table from a store: one for each device in it."""
     contents = _read_store(path)
     if not contents.records:
         raise UsageError(f"{path} holds no records")
-    _draw(contents.records, contents.verifications, output_dir)
+    for device, records in _by_device(contents.records).items():
+        checks = [item for item in contents.verifications if item.device == device]
+        _draw(records, checks, output_dir)
+
+
+def _by_device(records: Sequence[Record]) -> dict[str, list[Record]]:
+    """What one figure can show, in the records' order: a device's records, and every plan, which is
+    of its target wherever it was made; of two of a case, the one made on the device."""
+    plans = [record for record in records if record.plan is not None]
+    ran = [record for record in records if record.plan is None]
+    found = {}
+    for device in dict.fromkeys(record.case.device for record in ran or plans[:1]):
+        last = sorted(plans, key=lambda plan: plan.case.device == device)
+        shown = {record.case.id: record for record in last}
+        found[device] = [
+            record
+            for record in records
+            if (record.case.device == device if record.plan is None else record in shown.values())
+        ]
+    return found
 
 
 def _draw(
@@ -157,7 +178,8 @@ def _layers(records: Iterable[Record]) -> str:
     """Which layers were measured, where they are not the figure's."""
     found = {
         record.case.model: f"{models.title(record.case.model)} layer of "
-        f"{record.layer.parameters:,} parameters, hidden size {record.layer.config['hidden_size']}"
+        f"{record.layer.parameters:,} parameters, "
+        f"hidden size {record.layer.config.get('hidden_size', 'unknown')}"
         for record in records
         if record.layer is not None
     }
@@ -234,7 +256,7 @@ def _measure_one(job: Job, options: serial.SweepOptions, kept: store.Store) -> R
             frameworks.get(name),
             repeats=options.repeats,
             limits=options.limits,
-            log_path=kept.log_path(job.case.id),
+            log_path=kept.log_path(kept.name(job.case)),
             on_event=lambda event: status.update(f"{job.case.id}: {event}"),
         )
 
@@ -255,6 +277,8 @@ def sweep(request: Request) -> int:
     """Measure the figure's cases here, draw them. 0 when all that could run was measured."""
     from memladder.sweeps.live import SweepView
 
+    if request.results is not None:
+        store.require_results(request.results)
     device = environment.resolve_device(request.device)
     names = request.framework_names
     shapes = request.workloads
@@ -277,7 +301,11 @@ def sweep(request: Request) -> int:
     ]
     records = [*outcome.records, *unavailable]
     if request.results is not None:
-        store.merge_results(request.results, list(outcome.records), list(outcome.verifications))
+        told = store.merge_results(
+            request.results, list(outcome.records), list(outcome.verifications)
+        )
+        for line in told:
+            print(f"warning: {line}", file=sys.stderr)
     _draw(records, outcome.verifications, request.output_dir)
     return 0 if outcome.succeeded else 1
 
@@ -487,8 +515,8 @@ def calibrate(device: str, output_dir: Path) -> int:
 
 def _read_store(path: Path) -> store.Contents:
     contents = store.read(path)
-    for name, reason in contents.foreign.items():
-        print(f"warning: {name} is not a record of memladder ({reason}); left out", file=sys.stderr)
+    for line in contents.complaints():
+        print(f"warning: {line}; left out", file=sys.stderr)
     return contents
 
 

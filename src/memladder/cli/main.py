@@ -66,6 +66,10 @@ Device = Annotated[
 Fresh = Annotated[
     bool, typer.Option("--fresh", help="Measure again what log/ already has for this environment.")
 ]
+Retry = Annotated[
+    str | None,
+    typer.Option(metavar="STATUS,…", help="Also measure again what ended so, e.g. oom,failed."),
+]
 Repeats = Annotated[str, typer.Option(metavar="N", help="Processes per case; the median counts.")]
 Timeout = Annotated[str, typer.Option(metavar="SECONDS", help="Time limit of one process.")]
 OutputDir = Annotated[Path, typer.Option(help="Where log/, png/ and pdf/ are written.")]
@@ -151,6 +155,7 @@ def sweep(
     shapes: Shapes = None,
     device: Device = "auto",
     fresh: Fresh = False,
+    retry: Retry = None,
     config: Config = None,
     repeats: Repeats = "1",
     timeout: Timeout = _DEFAULT_TIMEOUT,
@@ -172,6 +177,7 @@ def sweep(
         output_dir=output_dir,
         cache_dir=cache_dir,
         fresh=fresh,
+        retry=retry,
         results=results,
     )
     raise typer.Exit(actions.sweep(request))
@@ -188,6 +194,7 @@ def _run_all(
     shapes: Shapes = None,
     device: Device = "auto",
     fresh: Fresh = False,
+    retry: Retry = None,
     config: Config = None,
     repeats: Repeats = "1",
     timeout: Timeout = _DEFAULT_TIMEOUT,
@@ -198,7 +205,7 @@ def _run_all(
     """Draw Figure 11 from the published data; with --reproduce, measure it here and draw that."""
     if reproduce:
         sweep(
-            models, frameworks, shapes, device, fresh, config,
+            models, frameworks, shapes, device, fresh, retry, config,
             repeats, timeout, output_dir, cache_dir, results,
         )  # fmt: skip
     given = [

@@ -27,7 +27,7 @@ class _Group:
     folder: Path
     limit_file: str
     usage_file: str
-    inactive: str
+    file_pages: tuple[str, str]
 
     def limit(self) -> int | None:
         try:
@@ -43,10 +43,12 @@ class _Group:
             return None
         try:
             used = int((self.folder / self.usage_file).read_text())
-            cache = _numbers(self.folder / "memory.stat").get(self.inactive, 0)
+            numbers = _numbers(self.folder / "memory.stat")
         except OSError:
             return None
-        # File pages not in use are given back before anything is refused.
+        # Pages of files, those in use too, are given back before anything is refused; shared
+        # memory is not counted among them (cgroup-v2.rst, memory.stat).
+        cache = sum(numbers.get(name, 0) for name in self.file_pages)
         return HostUse(max(used - cache, 0), limit)
 
 
@@ -67,11 +69,14 @@ class HostMemory:
 
     def read(self) -> HostUse:
         """Use and limit of whatever is fullest: the machine, or a control group that we are in."""
+        return max(self.read_all(), key=lambda use: use.fraction)
+
+    def read_all(self) -> list[HostUse]:
+        """Use and limit of the machine, and of each control group with a limit."""
         numbers = _numbers(self._proc / "meminfo")
         total = numbers["MemTotal:"] << 10
         uses = [HostUse(total - (numbers["MemAvailable:"] << 10), total)]
-        uses += [use for group in self._groups if (use := group.use()) is not None]
-        return max(uses, key=lambda use: use.fraction)
+        return uses + [use for group in self._groups if (use := group.use()) is not None]
 
     def oom_kills(self) -> int:
         """Processes that the kernel has killed for want of memory since it started."""
@@ -86,12 +91,17 @@ def _numbers(path: Path) -> Mapping[str, int]:
 def _groups(root: Path) -> list[_Group]:
     """The memory control groups that this process is in, up to the topmost that is mounted."""
     mounts = {
-        "": _Group(root / "sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
+        "": _Group(
+            root / "sys/fs/cgroup",
+            "memory.max",
+            "memory.current",
+            ("inactive_file", "active_file"),
+        ),
         "memory": _Group(
             root / "sys/fs/cgroup/memory",
             "memory.limit_in_bytes",
             "memory.usage_in_bytes",
-            "total_inactive_file",
+            ("total_inactive_file", "total_active_file"),
         ),
     }
     try:
@@ -107,7 +117,7 @@ def _groups(root: Path) -> list[_Group]:
                 folder = top.folder / path.lstrip("/")
                 folders = [folder, *folder.parents] if folder.is_dir() else [top.folder]
                 found += [
-                    _Group(one, top.limit_file, top.usage_file, top.inactive)
+                    _Group(one, top.limit_file, top.usage_file, top.file_pages)
                     for one in folders
                     if one.is_relative_to(top.folder)
                 ]

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from functools import cache
 
 from memladder import frameworks
-from memladder.core import serial
-from memladder.environments.interpreter import Interpreter, chosen, source_folder
+from memladder.core import children, serial
+from memladder.core.text import clean, cleaned
+from memladder.environments.interpreter import Interpreter, chosen
 from memladder.environments.probe import package_versions
 from memladder.frameworks.base import Availability, Framework
 
@@ -48,22 +49,15 @@ def versions(key: str, framework: Framework, device: str) -> tuple[str, Mapping[
 def ask(interpreter: Interpreter, key: str, device: str) -> Answer:
     """Start the interpreter and let it answer. One that can't is an unavailable framework."""
     module = frameworks.module(key) if key in frameworks.names() else key
-    command = [str(interpreter.python), "-m", "memladder.environments.probe", module, key, device]
+    command = children.module(
+        "memladder.environments.probe", module, key, device, python=interpreter.python
+    )
     try:
-        # Python 3.10 looks for modules in the working directory first.
-        done = subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            timeout=_PATIENCE_S,
-            env=interpreter.environ(),
-            cwd=source_folder(),
-            check=True,
-        )
-        return serial.from_json(Answer, json.loads(done.stdout.splitlines()[-1]))
-    except subprocess.CalledProcessError as error:
-        lines = [line for line in error.stderr.splitlines() if line.strip()]
-        reason = lines[-1].strip() if lines else f"it exits with status {error.returncode}"
+        done = children.run(command, env=interpreter.environ(), timeout_s=_PATIENCE_S)
+        if done.returncode == 0:
+            return serial.from_json(Answer, cleaned(json.loads(done.stdout.splitlines()[-1])))
+        lines = [line for line in map(clean, done.stderr.splitlines()) if line]
+        reason = lines[-1] if lines else f"it exits with status {done.returncode}"
     except subprocess.TimeoutExpired:
         reason = f"it does not answer within {_PATIENCE_S:g} s"
     except (OSError, ValueError, IndexError) as error:

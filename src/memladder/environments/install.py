@@ -18,9 +18,10 @@ from pathlib import Path
 import filelock
 
 from memladder import frameworks
-from memladder.core import serial
+from memladder.core import children, serial
 from memladder.core.errors import LockedError, UsageError
 from memladder.core.files import writable_folder, write_atomic
+from memladder.core.text import clean
 from memladder.environments import interpreter, sources
 from memladder.environments.ask import Answer, ask
 from memladder.environments.interpreter import Given, Interpreter, Made
@@ -89,8 +90,7 @@ def create(name: str, device: str, base: Path | None, on_line: OnLine) -> Path:
         try:
             _install(folder, base or Path(sys.executable), wanted, on_line)
             python = interpreter.python_of(name)
-            packages = json.loads(_run([str(python), "-c", _INSTALLED], lambda _: None)[-1])
-            made = Made(digest(wanted), dict(sorted(packages.items())))
+            made = Made(digest(wanted), _installed(python))
             _note(folder / interpreter.MADE_FILE, made)
         except BaseException:
             _delete(folder)
@@ -181,48 +181,58 @@ def _install(folder: Path, base: Path, wanted: Path, on_line: OnLine) -> None:
     python = str(folder / "bin" / "python")
     if uv is not None:
         told = sources.for_uv(base)
-        _run([uv, "venv", "--python", str(base), str(folder)], on_line)
+        _run("uv", [uv, "venv", "--python", str(base), str(folder)], on_line)
         # Compiled as pip does it: else the first process that is measured would.
         told += ["--compile-bytecode", "-r", str(wanted)]
-        _run([uv, "pip", "install", "--python", python, *told], on_line)
+        _run("uv", [uv, "pip", "install", "--python", python, *told], on_line)
     else:
-        _run([str(base), "-m", "venv", str(folder)], on_line)
-        quiet = ["--disable-pip-version-check", "--progress-bar", "off", "--no-input"]
-        _run([python, "-m", "pip", "install", *quiet, "-r", str(wanted)], on_line)
+        _run("venv", children.module("venv", folder, python=base), on_line)
+        quiet = ("--disable-pip-version-check", "--progress-bar", "off", "--no-input")
+        install = children.module("pip", "install", *quiet, "-r", wanted, python=python)
+        _run("pip", install, on_line)
 
 
-def _run(command: list[str], on_line: OnLine) -> list[str]:
-    """Run an installer to its end; its lines. Raises UsageError with the reason that it gave."""
+def _installed(python: Path) -> dict[str, str]:
+    """Versions of all that an environment has, by name. Raises UsageError."""
+    done = children.run([str(python), "-I", "-c", _INSTALLED])
+    if done.returncode != 0:
+        raise UsageError(f"{python} exits with status {done.returncode}: {clean(done.stderr)}")
+    return dict(sorted(json.loads(done.stdout).items()))
+
+
+def _run(tool: str, command: list[str], on_line: OnLine) -> None:
+    """Run an installer to its end. Raises UsageError with the reason that it gave."""
     lines: list[str] = []
     try:
-        process = subprocess.Popen(
+        process = children.start(
             command,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            env=Interpreter(Path(command[0]), "made").environ(),
-            start_new_session=True,
+            # uv would read a uv.toml of the working directory, which may name any index.
+            env={**Interpreter(Path(command[0]), "made").environ(), **_uv_project()},
         )
     except OSError as error:
         raise UsageError(f"{command[0]} can't be started: {error.strerror or error}") from None
     with process:
         try:
             assert process.stdout is not None
-            for line in process.stdout:
-                if line.strip():
-                    lines.append(line.rstrip())
-                    on_line(lines[-1].strip())
+            for raw in process.stdout:
+                line = clean(raw.decode(errors="replace"))
+                if line:
+                    lines.append(line)
+                    on_line(line)
             status = process.wait()
         except BaseException:
             # The installer and what it has started: they have a process group of their own.
             os.killpg(process.pid, signal.SIGKILL)
             raise
     if status != 0:
-        tool = command[2] if command[1] == "-m" else Path(command[0]).name
         raise UsageError(f"{tool} exits with status {status}: {_reason(lines)}")
-    return lines
+
+
+def _uv_project() -> dict[str, str]:
+    return {} if "UV_PROJECT" in os.environ else {"UV_PROJECT": str(interpreter.root())}
 
 
 def _reason(lines: list[str]) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from memladder.core import serial
 from memladder.core.errors import UsageError
-from memladder.core.files import writable_folder
+from memladder.core.files import require_own, writable_folder
 from memladder.models.cache import default_dir
 
 MADE_FILE = "memladder.json"
@@ -118,18 +118,26 @@ def given_file(name: str) -> Path:
 
 
 def given(name: str) -> Path | None:
-    """The interpreter that `memladder env use` was told, if any. Raises UsageError."""
+    """The interpreter that `memladder env use` was told, if any. Raises UsageError, also for a file
+    that another user could have written."""
     found = _read(Given, given_file(name))
     return Path(found.python) if found else None
 
 
 def made(name: str) -> Made | None:
-    """What an environment that `memladder env create` made is of; None if there is none."""
-    return _read(Made, root() / name / MADE_FILE)
+    """What an environment that `memladder env create` made is of; None if there is none.
+
+    Raises UsageError, also for one that another user could have written.
+    """
+    found = _read(Made, root() / name / MADE_FILE)
+    if found is not None:
+        require_own(python_of(name), default_dir().absolute())
+    return found
 
 
 def _read(kind: type[serial.T], path: Path) -> serial.T | None:
     try:
+        require_own(path, default_dir().absolute())
         return serial.from_json(kind, json.loads(path.read_bytes()))
     except FileNotFoundError:
         return None
@@ -151,4 +159,5 @@ def source_folder() -> Path:
         part = writable_folder(folder) / f".{os.getpid()}.part"
         part.symlink_to(package)
         part.replace(link)
+    require_own(link, default_dir().absolute())
     return folder

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import ast
 import os
-import subprocess
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from memladder.core import children
 from memladder.core.errors import UsageError
+from memladder.core.text import clean
 
 # Options that have the same name in pip's configuration and on uv's command line.
 _LISTS = ("index-url", "extra-index-url", "find-links", "constraint", "trusted-host")
@@ -27,17 +28,12 @@ def for_uv(python: Path) -> list[str]:
     if any(name in os.environ for name in _OWN):
         return []
     try:
-        done = subprocess.run(
-            [str(python), "-m", "pip", "config", "list"],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        done = children.run(children.module("pip", "config", "list", python=python))
     except OSError as error:
         raise UsageError(f"{python} can't be started: {error.strerror or error}") from None
     if done.returncode == 0:
         return list(_arguments(_configured(done.stdout)))
-    said = " ".join(done.stderr.split())
+    said = clean(done.stderr)
     if said.endswith("No module named pip"):
         return []
     raise UsageError(f"pip config list exits with status {done.returncode}: {said[:300]}")

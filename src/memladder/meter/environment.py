@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 
 from memladder import __version__
-from memladder.core import devices
+from memladder.core import children, devices
 from memladder.core.case import Case
 from memladder.core.errors import DeviceError
 from memladder.core.host import HostMemory
@@ -123,16 +123,10 @@ def commit() -> str | None:
 
 def _git(folder: Path, *arguments: str) -> str | None:
     try:
-        done = subprocess.run(
-            ["git", "-C", str(folder), *arguments],
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        )
-    except (OSError, subprocess.SubprocessError):
+        done = children.run(["git", "-C", str(folder), *arguments], timeout_s=10)
+    except (OSError, subprocess.TimeoutExpired):
         return None
-    return done.stdout
+    return done.stdout if done.returncode == 0 else None
 
 
 def cpu_name() -> str:

@@ -7,7 +7,6 @@ Times are of CLOCK_MONOTONIC, which all processes of a machine share, in nanosec
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from memladder.core.errors import MemladderError
 from memladder.core.plan import CompilerPlan
 from memladder.core.record import Check, StructureCheck
 from memladder.core.serial import StrEnum
+from memladder.core.text import clean, cleaned
 from memladder.frameworks.base import Job, Setting
 from memladder.models import LayerConfig
 
@@ -101,6 +101,11 @@ class Checked:
 
 
 @dataclass(frozen=True)
+class Prepared:
+    """Everything that the session will read is there. A library may end a process with status 0."""
+
+
+@dataclass(frozen=True)
 class Planned:
     """What the framework's compiler says of the job."""
 
@@ -127,33 +132,33 @@ class Failure:
     hint: str | None
 
 
-Message = PhaseStart | Hold | Finished | Checked | Planned | Failure
+Message = PhaseStart | Hold | Finished | Checked | Prepared | Planned | Failure
 _KINDS: dict[str, type[Message]] = {
-    kind.__name__: kind for kind in (PhaseStart, Hold, Finished, Checked, Planned, Failure)
+    kind.__name__: kind
+    for kind in (PhaseStart, Hold, Finished, Checked, Prepared, Planned, Failure)
 }
 
 
 def encode(message: Message | Order) -> bytes:
     """A message as one line."""
-    return json.dumps({type(message).__name__: serial.to_json(message)}).encode() + b"\n"
+    return serial.dumps({type(message).__name__: message}).encode() + b"\n"
 
 
 def decode(line: bytes) -> Message:
     """The message in a line. Raises ValueError when it is not exactly one."""
     try:
-        ((name, body),) = json.loads(line).items()
-        return serial.from_json(_KINDS[name], body)
+        ((name, body),) = serial.loads(line).items()
+        return serial.from_json(_KINDS[name], cleaned(body))
     except (ValueError, KeyError, AttributeError, RecursionError, MemladderError) as error:
         raise ValueError(f"not a worker's message: {line[:60]!r}") from error
 
 
 def decode_order(line: bytes) -> Order:
     """The order in a line. Raises ValueError."""
-    return serial.from_json(Order, json.loads(line)["Order"])
+    return serial.from_json(Order, serial.loads(line)["Order"])
 
 
 def one_line(text: str) -> str:
-    """The first line of a text that has any ink, cut to what a reason may hold."""
-    lines = (line.strip() for line in text.splitlines())
-    first = next((line for line in lines if line), "")
-    return first if len(first) <= MAX_REASON else first[: MAX_REASON - 1] + "…"
+    """The first line of a text that has any ink, cleaned and cut to what a reason may hold."""
+    lines = (clean(line, MAX_REASON) for line in text.splitlines())
+    return next((line for line in lines if line), "")

@@ -5,16 +5,14 @@ file here; nothing is downloaded and no code of a checkpoint runs. This module a
 files stay light: torch and transformers are imported when a layer is built.
 
 A model's file defines `TITLE`, `VALUES` and `NARROW` (configurations), `read` (a `config.json` to
-the values that the layer depends on), `tensor_shapes`, `widths`, `require_fixed_positions`, and the
-three steps that `layer.py` builds a module from: `block`, `inputs` and `call`.
+the values that the layer depends on), `outline` and `widths`. Any other family's `config.json` is
+read by `catalogue`, which has transformers describe it.
 """
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import json
-import math
 import pkgutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,11 +20,46 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from memladder.core.errors import ConfigError, UsageError
+from memladder.core.errors import ConfigError, UnavailableError, UsageError
+from memladder.models.config import (
+    CacheGeometry,
+    LayerConfig,
+    LayerGroup,
+    LayerOutline,
+    ModelConfig,
+    Shapes,
+    count_elements,
+)
+
+__all__ = [
+    "CacheGeometry",
+    "LayerConfig",
+    "LayerGroup",
+    "LayerOutline",
+    "ModelConfig",
+    "Shapes",
+    "Widths",
+    "cache_geometry",
+    "definition",
+    "hidden_size",
+    "layer_config",
+    "load_json",
+    "names",
+    "narrow_config",
+    "outline",
+    "parameters",
+    "require_fixed_positions",
+    "tensor_shapes",
+    "widths",
+]
 
 _NOT_MODELS = {
     "architecture",
     "cache",
+    "capture",
+    "catalogue",
+    "config",
+    "describe",
     "ends",
     "fields",
     "gguf_export",
@@ -37,24 +70,8 @@ _NOT_MODELS = {
     "reference",
     "weights",
 }
+FIXED_ROPE_TYPES = ("default", "linear", "llama3")
 _MAX_CONFIG_BYTES = 16 << 20
-
-
-@dataclass(frozen=True)
-class LayerConfig:
-    """One decoder layer's configuration: those values of a Hugging Face `config.json` that it uses.
-
-    Two files that differ only elsewhere (vocabulary, number of layers) give equal configurations.
-    """
-
-    model: str
-    values: Mapping[str, Any]
-
-    @property
-    def digest(self) -> str:
-        """12 hexadecimal digits that differ whenever a value differs."""
-        text = json.dumps([self.model, self.values], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 @dataclass(frozen=True)
@@ -94,7 +111,7 @@ def layer_config(model: str, path: Path | None = None) -> LayerConfig:
     module = definition(model)
     if path is None:
         return LayerConfig(model, module.read(module.VALUES))
-    raw = _load(path)
+    raw = load_json(path)
     found = raw.get("model_type")
     if not isinstance(found, str):
         raise ConfigError(f"{path}: no model_type; wanted {model!r}")
@@ -115,17 +132,27 @@ def narrow_config(model: str) -> LayerConfig:
     return LayerConfig(model, module.read(module.NARROW))
 
 
+def outline(config: LayerConfig) -> LayerOutline:
+    """What the layer is made of."""
+    if config.outline is not None:
+        return config.outline
+    found: LayerOutline = definition(config.model).outline(config.values)
+    return found
+
+
 def hidden_size(config: LayerConfig) -> int:
     """Width of the layer's input and output."""
-    size = config.values["hidden_size"]
-    assert isinstance(size, int)
-    return size
+    return outline(config).hidden_size
 
 
-def tensor_shapes(config: LayerConfig) -> dict[str, tuple[int, ...]]:
+def tensor_shapes(config: LayerConfig) -> Shapes:
     """Names and shapes of the layer's parameters; a matrix is [out, in]."""
-    shapes: dict[str, tuple[int, ...]] = definition(config.model).tensor_shapes(config.values)
-    return shapes
+    return outline(config).shapes
+
+
+def cache_geometry(config: LayerConfig) -> CacheGeometry:
+    """What the layer keeps of earlier tokens."""
+    return outline(config).cache
 
 
 def widths(config: LayerConfig) -> Widths:
@@ -134,16 +161,32 @@ def widths(config: LayerConfig) -> Widths:
     return found
 
 
+def require_fixed_positions(config: LayerConfig) -> None:
+    """Raise UnavailableError where positions are not the same for all lengths of a sequence, or
+    their tables scale attention: no program for all lengths can have them."""
+    values = config.values
+    given = values.get("rope_scaling") or values.get("rope_parameters") or {}
+    # One for all layers, or one for each of their types.
+    for one in (given, *(part for part in given.values() if isinstance(part, Mapping))):
+        kind = one.get("rope_type", one.get("type", "default"))
+        if kind not in FIXED_ROPE_TYPES:
+            raise UnavailableError(
+                f"ladder has no rotary positions of type {str(kind)[:40]!r}; it has "
+                f"{', '.join(FIXED_ROPE_TYPES)}"
+            )
+
+
 def parameters(config: LayerConfig) -> int:
     """Number of parameters.
 
     >>> parameters(layer_config("llama")), parameters(layer_config("bloom"))
     (855654400, 2466437120)
     """
-    return sum(math.prod(shape) for shape in tensor_shapes(config).values())
+    return count_elements(tensor_shapes(config))
 
 
-def _load(path: Path) -> dict[str, Any]:
+def load_json(path: Path) -> dict[str, Any]:
+    """The object in a `config.json`. Raises ConfigError."""
     try:
         if path.stat().st_size > _MAX_CONFIG_BYTES:
             raise ConfigError(f"{path}: too large to be a config.json")

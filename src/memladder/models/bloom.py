@@ -6,13 +6,9 @@ Source: Workshop et al. 2022, "BLOOM", and the published config.json of bigscien
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from memladder.core.case import Workload
-from memladder.models import Widths, fields
-
-if TYPE_CHECKING:
-    import torch
+from memladder.models import CacheGeometry, LayerOutline, Widths, fields
 
 TITLE = "BLOOM"
 
@@ -20,11 +16,19 @@ VALUES: Mapping[str, Any] = {
     "model_type": "bloom",
     "hidden_size": 14336,
     "n_head": 112,
+    "n_layer": 70,
     "layer_norm_epsilon": 1e-5,
+    "vocab_size": 250880,
 }
 
 # 6 heads are no power of two, as 112 are not: ALiBi then has two series of slopes.
-NARROW: Mapping[str, Any] = {**VALUES, "hidden_size": 384, "n_head": 6}
+NARROW: Mapping[str, Any] = {
+    **VALUES,
+    "hidden_size": 384,
+    "n_head": 6,
+    "n_layer": 3,
+    "vocab_size": 160,
+}
 
 LAYER_PREFIXES = ("transformer.h.{}.", "h.{}.")
 """How a layer's tensors begin in a checkpoint: of the causal model, or of the bare one."""
@@ -33,10 +37,11 @@ LAYER_PREFIXES = ("transformer.h.{}.", "h.{}.")
 def read(raw: Mapping[str, Any]) -> dict[str, Any]:
     """The values that the layer depends on. Raises ConfigError naming the field.
 
-    The published files of the BLOOM family use two spellings of the width and of the heads.
+    The published files of the BLOOM family use two spellings of the width and of the heads. Where
+    both are there transformers takes `n_embed` and `num_attention_heads`.
     """
-    hidden = fields.size(raw, "hidden_size", "n_embed")
-    heads = fields.size(raw, "n_head", "num_attention_heads")
+    hidden = fields.size(raw, "n_embed", "hidden_size")
+    heads = fields.size(raw, "num_attention_heads", "n_head")
     fields.divides("n_head", heads, "hidden_size", hidden)
     return {
         "model_type": "bloom",
@@ -49,8 +54,14 @@ def read(raw: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def tensor_shapes(values: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Parameter names as in `BloomBlock`; a matrix is [out, in]. The FFN is 4 × hidden wide."""
+def outline(values: Mapping[str, Any]) -> LayerOutline:
+    """Parameter names as in `BloomBlock`. The FFN is 4 × hidden wide."""
+    size = values["hidden_size"] // values["n_head"]
+    cache = CacheGeometry(values["n_head"], size, size)
+    return LayerOutline(values["hidden_size"], _tensor_shapes(values), cache)
+
+
+def _tensor_shapes(values: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     hidden = values["hidden_size"]
     matrices = {
         "self_attention.query_key_value": (3 * hidden, hidden),
@@ -70,50 +81,3 @@ def widths(values: Mapping[str, Any]) -> Widths:
     """Of what the layer computes for each token."""
     hidden = values["hidden_size"]
     return Widths(queries=hidden, keys=hidden, inner=4 * hidden, positions=values["n_head"])
-
-
-def _hf_config(values: Mapping[str, Any]) -> Any:
-    from transformers import BloomConfig
-
-    # BloomBlock knows eager attention only; the name decides which mask BloomModel builds.
-    return BloomConfig(**values, attn_implementation="eager")
-
-
-def require_fixed_positions(values: Mapping[str, Any]) -> None:
-    """ALiBi's slopes are the same for all lengths."""
-
-
-def block(values: Mapping[str, Any]) -> torch.nn.Module:
-    """Hugging Face's layer, on the current default device."""
-    from transformers.models.bloom.modeling_bloom import BloomBlock
-
-    layer: torch.nn.Module = BloomBlock(_hf_config(values), layer_idx=0)
-    return layer
-
-
-def inputs(
-    values: Mapping[str, Any], shape: Workload, dtype: torch.dtype
-) -> dict[str, torch.Tensor]:
-    """What BloomModel passes besides the hidden states.
-
-    `alibi` is [batch_size · n_head, 1, seq_len]; `mask` is 0 or the dtype's minimum,
-    [1, 1, seq_len, seq_len]: the same for each of the batch, so it is kept once.
-    """
-    import torch
-    from transformers.masking_utils import create_causal_mask
-    from transformers.models.bloom.modeling_bloom import build_alibi_tensor
-
-    everything = torch.ones(shape.batch_size, shape.seq_len)
-    # Neither a mask of the user's nor a cache; transformers 5.24 gave the latter another name.
-    states = torch.empty(1, shape.seq_len, 0, dtype=dtype)
-    mask = create_causal_mask(_hf_config(values), states, None, None)
-    return {"alibi": build_alibi_tensor(everything, values["n_head"], dtype), "mask": mask}
-
-
-def call(
-    layer: torch.nn.Module, hidden_states: torch.Tensor, passed: Mapping[str, torch.Tensor]
-) -> torch.Tensor:
-    """One pass: [batch_size, seq_len, hidden_size] to the same. The attention is dropped."""
-    out: torch.Tensor
-    out, _ = layer(hidden_states, alibi=passed["alibi"], attention_mask=passed["mask"])
-    return out

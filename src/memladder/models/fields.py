@@ -9,6 +9,7 @@ from typing import Any
 from memladder.core.errors import ConfigError
 
 MAX_SIZE = 1 << 20
+MAX_POSITIONS = 1 << 40
 _LARGEST = sys.float_info.max
 
 
@@ -26,6 +27,18 @@ def size(raw: Mapping[str, Any], *names: str, default: int | None = None) -> int
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_SIZE:
         raise ConfigError(
             f"{names[0]} {str(value)[:40]!r} is not a whole number from 1 to {MAX_SIZE}"
+        )
+    return value
+
+
+def positions(raw: Mapping[str, Any], name: str, default: int) -> int:
+    """A whole number from 1 to MAX_POSITIONS: a number of positions sizes nothing in a layer."""
+    value = raw.get(name)
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_POSITIONS:
+        raise ConfigError(
+            f"{name} {str(value)[:40]!r} is not a whole number from 1 to {MAX_POSITIONS}"
         )
     return value
 

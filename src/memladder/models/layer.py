@@ -7,72 +7,117 @@ from __future__ import annotations
 
 import gc
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import nn
 
 from memladder.core.case import Workload
-from memladder.core.errors import ConfigError
-from memladder.models import LayerConfig, definition, tensor_shapes
+from memladder.core.errors import UnavailableError
+from memladder.models import LayerConfig, cache_geometry, capture, tensor_shapes
+from memladder.models.capture import Call, Decoder
+
+# What the model around the layer has is not the layer's.
+_AROUND = {"vocab_size": 64, "pad_token_id": None}
 
 
 class Block(nn.Module):
-    """hidden_states [batch_size, seq_len, hidden_size] to the same, causal, without a cache.
+    """hidden_states [batch_size, seq_len, hidden_size] to the same, causal.
 
     What the model around the layer would pass at every call (rotary cos and sin; ALiBi and the
-    causal mask) is kept as buffers.
+    causal mask) is kept as buffers. With a past, `cache` is transformers' own, and the layer's
+    part of it has room for past and new tokens.
     """
 
-    def __init__(self, model: ModuleType, block: nn.Module, passed: dict[str, torch.Tensor]):
+    def __init__(self, block: nn.Module, call: Call, cache: Any = None):
         super().__init__()
         self.block = block
-        self._call = model.call
-        self._passed = tuple(passed)
-        for name, tensor in passed.items():
-            self.register_buffer(name, tensor, persistent=False)
+        self.cache = cache
+        self._call = call
+        self._buffer_of = {place: "passed_" + place.replace(".", "_") for place in call.tensors()}
+        for place, tensor in call.tensors().items():
+            self.pass_on(place, tensor)
+
+    def passed(self, place: str) -> torch.Tensor:
+        """What is passed there: `attention_mask`, `position_embeddings.0`."""
+        return self.get_buffer(self._buffer_of[place])
+
+    def pass_on(self, place: str, tensor: torch.Tensor) -> None:
+        """Pass another tensor there from now on."""
+        self.register_buffer(self._buffer_of[place], tensor, persistent=False)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        passed = {name: self.get_buffer(name) for name in self._passed}
-        out: torch.Tensor = self._call(self.block, hidden_states, passed)
-        return out
+        tensors = {place: self.get_buffer(name) for place, name in self._buffer_of.items()}
+        call = self._call.replaced(tensors, self.cache)
+        return capture.call_block(self.block, hidden_states, call)
 
 
-def build(config: LayerConfig, shape: Workload, dtype: torch.dtype) -> Block:
-    """The layer with parameters on the meta device and its other inputs on the CPU.
+def decoder(config: LayerConfig) -> Decoder:
+    """The layer's model without weights. Raises ConfigError."""
+    around = _AROUND if config.outline is None else {}
+    return Decoder(config.model, {**config.values, **around})
+
+
+def build(config: LayerConfig, workload: Workload, dtype: torch.dtype) -> Block:
+    """The layer with parameters on the meta device, its other inputs on the CPU, and no cache yet.
 
     Raises ConfigError where transformers refuses the configuration.
     """
-    model = definition(config.model)
-    try:
-        with torch.device("meta"):
-            block = model.block(config.values).to(dtype).eval()
-        passed = model.inputs(config.values, shape, dtype)
-    except (ValueError, KeyError, TypeError) as error:
-        text = " ".join(str(error).split())[:200]
-        raise ConfigError(f"transformers can't build this {config.model} layer: {text}") from None
+    whole = decoder(config)
+    block = whole.blocks[config.number]
     found = {name: tuple(tensor.shape) for name, tensor in block.named_parameters()}
-    assert found == tensor_shapes(config), "tensor_shapes and transformers disagree"
-    block.requires_grad_(False)
-    return Block(model, block, passed)
+    assert found == dict(tensor_shapes(config)), "the outline and transformers disagree"
+    call = whole.calls(workload, dtype)[config.number]
+    kept = {place: _once(place, tensor) for place, tensor in call.tensors().items()}
+    made = Block(block, call.replaced(kept))
+    if workload.past:
+        made.cache = whole.static_cache(workload.length)
+    return made
 
 
 def load(
-    config: LayerConfig, weights: Path, shape: Workload, dtype: torch.dtype, device: torch.device
+    config: LayerConfig, weights: Path, workload: Workload, dtype: torch.dtype, device: torch.device
 ) -> Block:
     """The layer on `device`, each parameter moved there from the memory-mapped file in turn.
 
     On the CPU in the file's own dtype nothing is copied: the parameters are the mapped file.
+    With a past, its cache is there and empty.
     """
-    layer = build(config, shape, dtype)
+    layer = build(config, workload, dtype)
     for name in tensor_shapes(config):
         # Opened for each tensor, so that a converted one's pages are gone before the next is read.
         with safe_open(weights, framework="pt", device="cpu") as file:
             tensor = file.get_tensor(name).to(device=device, dtype=dtype)
         put(layer, name, tensor)
     gc.collect()
-    return layer.to(device)
+    layer.to(device)
+    allocate(layer, config, workload, dtype, device)
+    return layer
+
+
+def allocate(
+    layer: Block,
+    config: LayerConfig,
+    workload: Workload,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    """Make room for past and new tokens in the layer's cache, if it has one.
+
+    Raises UnavailableError for a layer that keeps a state instead.
+    """
+    if layer.cache is None:
+        return
+    geometry = cache_geometry(config)
+    if geometry.recurrent:
+        raise UnavailableError("this layer keeps a state of fixed size, and no keys and values")
+    heads = (workload.batch_size, geometry.kv_heads, 0)
+    kept = layer.cache.layers[config.number]
+    kept.lazy_initialization(
+        torch.empty(*heads, geometry.key_size, dtype=dtype, device=device),
+        torch.empty(*heads, geometry.value_size, dtype=dtype, device=device),
+    )
 
 
 def put(layer: Block, name: str, tensor: torch.Tensor) -> None:
@@ -80,3 +125,10 @@ def put(layer: Block, name: str, tensor: torch.Tensor) -> None:
     module_name, _, leaf = name.rpartition(".")
     parameter = nn.Parameter(tensor, requires_grad=False)
     setattr(layer.block.get_submodule(module_name), leaf, parameter)
+
+
+def _once(place: str, tensor: torch.Tensor) -> torch.Tensor:
+    """A mask that is the same for each of the batch, once: it is added to all."""
+    if place == "attention_mask" and tensor.dim() == 4 and (tensor == tensor[:1]).all():
+        return tensor[:1].clone()
+    return tensor

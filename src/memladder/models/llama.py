@@ -6,14 +6,10 @@ Source: Touvron et al. 2023, "Llama 2", and the published config.json of Llama-2
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from memladder.core.case import Workload
-from memladder.core.errors import ConfigError, UnavailableError
-from memladder.models import Widths, fields
-
-if TYPE_CHECKING:
-    import torch
+from memladder.core.errors import ConfigError
+from memladder.models import CacheGeometry, LayerOutline, Widths, fields
 
 TITLE = "LLAMA"
 
@@ -25,8 +21,10 @@ VALUES: Mapping[str, Any] = {
     "num_key_value_heads": 8,
     "hidden_act": "silu",
     "max_position_embeddings": 4096,
+    "num_hidden_layers": 80,
     "rms_norm_eps": 1e-5,
     "rope_theta": 10000.0,
+    "vocab_size": 32000,
 }
 
 NARROW: Mapping[str, Any] = {
@@ -35,6 +33,8 @@ NARROW: Mapping[str, Any] = {
     "intermediate_size": 704,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
+    "num_hidden_layers": 3,
+    "vocab_size": 160,
 }
 
 LAYER_PREFIXES = ("model.layers.{}.", "layers.{}.")
@@ -42,7 +42,8 @@ LAYER_PREFIXES = ("model.layers.{}.", "layers.{}.")
 
 _ACTIVATIONS = ("silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
 _ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
-_FIXED_ROPE_TYPES = ("default", "linear", "llama3")
+_STRETCHED_ROPE_TYPES = ("llama3", "yarn", "longrope")
+_LENGTH_BEFORE = "original_max_position_embeddings"
 
 
 def read(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -50,7 +51,8 @@ def read(raw: Mapping[str, Any]) -> dict[str, Any]:
     hidden = fields.size(raw, "hidden_size")
     heads = fields.size(raw, "num_attention_heads")
     kv_heads = fields.size(raw, "num_key_value_heads", default=heads)
-    fields.divides("num_attention_heads", heads, "hidden_size", hidden)
+    if raw.get("head_dim") is None:
+        fields.divides("num_attention_heads", heads, "hidden_size", hidden)
     fields.divides("num_key_value_heads", kv_heads, "num_attention_heads", heads)
     head_dim = fields.size(raw, "head_dim", default=hidden // heads)
     if head_dim % 2:
@@ -63,7 +65,7 @@ def read(raw: Mapping[str, Any]) -> dict[str, Any]:
         "num_key_value_heads": kv_heads,
         "head_dim": head_dim,
         "hidden_act": fields.choice(raw, "hidden_act", _ACTIVATIONS),
-        "max_position_embeddings": fields.size(raw, "max_position_embeddings", default=2048),
+        "max_position_embeddings": fields.positions(raw, "max_position_embeddings", 2048),
         "rms_norm_eps": fields.positive(raw, "rms_norm_eps", 1e-6),
         "attention_bias": fields.flag(raw, "attention_bias"),
         "mlp_bias": fields.flag(raw, "mlp_bias"),
@@ -72,21 +74,39 @@ def read(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _rope_parameters(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """RoPE as one object, from today's `rope_parameters` or the older `rope_scaling`."""
-    given = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    """RoPE as one object, from today's `rope_parameters` or the older `rope_scaling`.
+
+    Fields that stand beside it are part of it, by transformers' rules (`RotaryEmbeddingConfigMixin`
+    of 5.24): `rope_theta` and `partial_rotary_factor` where it lacks them; the length before
+    scaling over what it has, and without either all positions.
+    """
+    given = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     if not isinstance(given, Mapping):
         raise ConfigError(f"rope_parameters {str(given)[:40]!r} is not an object")
     rest = {key: value for key, value in given.items() if key not in ("type", "rope_theta")}
     kind = {"rope_type": given.get("rope_type", given.get("type"))}
     theta = fields.positive(raw, "rope_theta", 10000.0)
-    return rest | {
+    found = rest | {
         "rope_type": fields.choice(kind, "rope_type", _ROPE_TYPES),
         "rope_theta": fields.positive(given, "rope_theta", theta),
     }
+    if raw.get("partial_rotary_factor") is not None:
+        factor = fields.positive(raw, "partial_rotary_factor", 1.0)
+        found.setdefault("partial_rotary_factor", factor)
+    if found["rope_type"] in _STRETCHED_ROPE_TYPES:
+        most = fields.positions(raw, "max_position_embeddings", 2048)
+        inside = fields.positions(given, _LENGTH_BEFORE, most)
+        found[_LENGTH_BEFORE] = fields.positions(raw, _LENGTH_BEFORE, inside)
+    return found
 
 
-def tensor_shapes(values: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Parameter names as in `LlamaDecoderLayer`; a matrix is [out, in]."""
+def outline(values: Mapping[str, Any]) -> LayerOutline:
+    """Parameter names as in `LlamaDecoderLayer`; keys and values of each group of heads."""
+    cache = CacheGeometry(values["num_key_value_heads"], values["head_dim"], values["head_dim"])
+    return LayerOutline(values["hidden_size"], _tensor_shapes(values), cache)
+
+
+def _tensor_shapes(values: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     hidden, ffn = values["hidden_size"], values["intermediate_size"]
     queries = values["num_attention_heads"] * values["head_dim"]
     keys = values["num_key_value_heads"] * values["head_dim"]
@@ -107,16 +127,6 @@ def tensor_shapes(values: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     return shapes | {"post_attention_layernorm.weight": (hidden,)}
 
 
-def require_fixed_positions(values: Mapping[str, Any]) -> None:
-    """Raise UnavailableError where angles depend on the sequence's length, or scale attention."""
-    kind = values["rope_parameters"]["rope_type"]
-    if kind not in _FIXED_ROPE_TYPES:
-        raise UnavailableError(
-            f"ladder has no rotary positions of type {kind!r}; it has "
-            f"{', '.join(_FIXED_ROPE_TYPES)}"
-        )
-
-
 def widths(values: Mapping[str, Any]) -> Widths:
     """Of what the layer computes for each token."""
     head_dim = values["head_dim"]
@@ -126,43 +136,3 @@ def widths(values: Mapping[str, Any]) -> Widths:
         inner=values["intermediate_size"],
         positions=head_dim // 2,
     )
-
-
-def _hf_config(values: Mapping[str, Any]) -> Any:
-    from transformers import LlamaConfig
-
-    # SDPA with `is_causal` is what LlamaModel runs by default: it passes no mask then.
-    return LlamaConfig(**values, attn_implementation="sdpa")
-
-
-def block(values: Mapping[str, Any]) -> torch.nn.Module:
-    """Hugging Face's layer, on the current default device."""
-    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
-
-    layer: torch.nn.Module = LlamaDecoderLayer(_hf_config(values), layer_idx=0)
-    return layer
-
-
-def inputs(
-    values: Mapping[str, Any], shape: Workload, dtype: torch.dtype
-) -> dict[str, torch.Tensor]:
-    """What LlamaModel passes besides the hidden states: `cos`, `sin` [1, seq_len, head_dim]."""
-    import torch
-    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-
-    positions = torch.arange(shape.seq_len).unsqueeze(0)
-    rotary = LlamaRotaryEmbedding(_hf_config(values))
-    cos, sin = rotary(torch.empty(0, dtype=dtype), positions)
-    return {"cos": cos, "sin": sin}
-
-
-def call(
-    layer: torch.nn.Module, hidden_states: torch.Tensor, passed: Mapping[str, torch.Tensor]
-) -> torch.Tensor:
-    """One pass: [batch_size, seq_len, hidden_size] to the same."""
-    out: torch.Tensor = layer(
-        hidden_states,
-        attention_mask=None,
-        position_embeddings=(passed["cos"], passed["sin"]),
-    )
-    return out

@@ -37,6 +37,7 @@ STATUS_TEXT = {
     Status.PLANNED: "planned",
     Status.PREDICTED: "predicted",
     Status.OOM: "out of memory",
+    Status.BUSY: "others held the memory",
     Status.UNAVAILABLE: "n/a",
     Status.FAILED: "failed",
     Status.TIMEOUT: "timeout",

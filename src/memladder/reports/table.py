@@ -20,6 +20,7 @@ _MEANINGS = {
     Status.PLANNED: "a real compiler's own plan, not run",
     Status.PREDICTED: "computed from shapes alone",
     Status.OOM: "ran out of memory",
+    Status.BUSY: "others held the memory that it needed; the same command tries it again",
     Status.UNAVAILABLE: "can't run on this machine",
     Status.FAILED: "ended with an error",
     Status.TIMEOUT: "took longer than allowed",

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from memladder import frameworks, models
 from memladder.core.case import Case, Workload
 from memladder.core.errors import UsageError
+from memladder.core.record import Status
 from memladder.environments import ask
 from memladder.frameworks.base import Availability
 
@@ -30,6 +31,13 @@ def parse_frameworks(text: str, first: Iterable[str] = ()) -> tuple[str, ...]:
 def parse_shapes(text: str) -> tuple[Workload, ...]:
     """Comma-separated `BATCHxSEQ`. Raises UsageError."""
     return tuple(dict.fromkeys(Workload.parse(part) for part in _parts("shape", text)))
+
+
+def parse_statuses(text: str | None) -> frozenset[Status]:
+    """Comma-separated statuses of records, none without a text. Raises UsageError."""
+    if text is None:
+        return frozenset()
+    return frozenset(map(Status, _parse_names("status", text, tuple(Status))))
 
 
 def select(

@@ -20,6 +20,7 @@ from memladder.meter.outside.runner import Event
 _STYLES = {
     Status.MEASURED: "bold",
     Status.OOM: "yellow",
+    Status.BUSY: "yellow",
     Status.FAILED: "red",
     Status.TIMEOUT: "red",
 }

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import subprocess
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -19,10 +18,11 @@ import numpy as np
 import torch
 
 from memladder import models
+from memladder.core import children
 from memladder.core.case import Workload
 from memladder.core.errors import CacheError, FormatError, MemladderError
-from memladder.core.files import write_atomic
 from memladder.core.serial import from_json, to_json
+from memladder.core.text import clean
 from memladder.engine.graph.fused import Parameters
 from memladder.engine.packed import packing
 from memladder.engine.packed.packed_layer import Form
@@ -46,16 +46,16 @@ def ensure(config: LayerConfig, cache_dir: Path) -> CompiledLayer:
     FormatError, one line, for a configuration that is none, CacheError where the folder can't be
     written.
     """
-    models.definition(config.model).require_fixed_positions(config.values)
+    models.require_fixed_positions(config)
     path = _path(config, cache_dir)
-    if not path.exists():
-        with cache.writing(path.parent):
-            # Another process may have been quicker.
-            if not path.exists():
-                outline = path.with_name(f"outline-{onnx_export.version()}.onnx")
-                with cache.replacing(outline) as part:
-                    part.write_bytes(_outlined(config))
-                write_atomic(path, _compiled(outline, config))
+
+    def make(part: Path) -> None:
+        outline = path.with_name(f"outline-{onnx_export.version()}.onnx")
+        with cache.replacing(outline) as outline_part:
+            outline_part.write_bytes(_outlined(config))
+        part.write_text(_compiled(outline, config), encoding="utf-8")
+
+    cache.made(path, make)
     try:
         return _read(json.loads(path.read_bytes()))
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -65,18 +65,13 @@ def ensure(config: LayerConfig, cache_dir: Path) -> CompiledLayer:
 def ensure_apart(config: LayerConfig, cache_dir: Path) -> CompiledLayer:
     """The same; what has to be made is made by a process of its own, which takes the exporter and
     its 300 MiB along when it ends."""
-    models.definition(config.model).require_fixed_positions(config.values)
-    if not _path(config, cache_dir).exists():
-        done = subprocess.run(
-            [sys.executable, "-m", __name__],
-            input=json.dumps([config.model, config.values, str(cache_dir)]),
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+    models.require_fixed_positions(config)
+    if not cache.is_whole(_path(config, cache_dir)):
+        told = json.dumps([to_json(config), str(cache_dir)])
+        done = children.run(children.module(__name__), given=told)
         if done.returncode:
             lines = done.stderr.splitlines() or ["no reason was given"]
-            raise FormatError(lines[-1])
+            raise FormatError(clean(lines[-1]))
     return ensure(config, cache_dir)
 
 
@@ -100,9 +95,9 @@ def ensure_packed(config: LayerConfig, kind: Format, cache_dir: Path, seed: int)
 
 
 def _main() -> int:
-    model, values, cache_dir = json.load(sys.stdin)
+    config, cache_dir = json.load(sys.stdin)
     try:
-        ensure(LayerConfig(model, values), Path(cache_dir))
+        ensure(from_json(LayerConfig, config), Path(cache_dir))
     except MemladderError as error:
         sys.stderr.write(f"{error}\n")
         return 2

@@ -28,6 +28,15 @@ def shape_of(axes: Axes, tokens: Workload) -> tuple[int, ...]:
     return tuple(math.prod(size_of(f, tokens) for f in axis) for axis in axes)
 
 
+def broadcast_shapes(*shapes: Sequence[int]) -> tuple[int, ...]:
+    """NumPy's. Raises LayoutError where they are none of one another."""
+    try:
+        return np.broadcast_shapes(*map(tuple, shapes))
+    except ValueError:
+        named = " and ".join(map(str, map(tuple, shapes)))
+        raise LayoutError(f"shapes {named} that do not broadcast") from None
+
+
 def size_of(factor: Factor, tokens: Workload) -> int:
     """How long it is."""
     if isinstance(factor, int):

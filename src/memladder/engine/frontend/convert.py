@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeAlias
@@ -14,7 +15,7 @@ import numpy as np
 from memladder.core.case import Workload
 from memladder.core.errors import GraphError
 from memladder.engine.frontend import onnx_file, rules, views
-from memladder.engine.frontend.axes import Axes, LayoutError, token_axes
+from memladder.engine.frontend.axes import Axes, LayoutError, merged, token_axes
 from memladder.engine.frontend.fold import fold
 from memladder.engine.frontend.onnx_file import Model, Operator
 from memladder.engine.frontend.positions import PositionError, read_rotation
@@ -35,6 +36,9 @@ from memladder.engine.graph.nodes import (
     Rotary,
     Weight,
 )
+
+# Numbers in float32, multiplied and divided, are this near to one another.
+_ALIKE = 1e-6
 
 Operand: TypeAlias = Array | Value | Scores | None
 
@@ -85,10 +89,16 @@ def _finished(converter: Converter, model: Model, entry: Node, output: Operand) 
     if output.shape != shape:
         raise GraphError(f"the output {model.output!r} is {output.shape}, the input {shape}")
     try:
+        if _without_ones(output.axes) != _without_ones((*token_axes(model.shape), (shape[2],))):
+            raise LayoutError("tokens or columns lie in other axes than the input's")
         last = converter.flat(output)
     except (LayoutError, PositionError) as error:
         raise GraphError(f"output {model.output!r}: {error}") from None
     return rules.canonical(Graph(model.shape, entry, last), converter.nodes)
+
+
+def _without_ones(axes: Axes) -> Axes:
+    return tuple(tuple(f for f in merged(axis) if f != 1) for axis in axes)
 
 
 class Converter:
@@ -179,16 +189,21 @@ class Converter:
         factors = np.stack(np.broadcast_arrays(*(_by_head(term, dim) for term in terms)))
         found = np.stack([term.index.reshape(-1, dim) for term in terms])
         # cos 0 = 1 and sin 0 = 0: the first position tells which of the two is the column itself.
-        own = np.take_along_axis(found, np.abs(factors[:, :1]).argmax(axis=0)[np.newaxis], 0)
-        found = np.where((factors == 0).all(axis=1)[:, np.newaxis], own, found)
+        which = np.abs(factors[:, :1]).argmax(axis=0)
+        own = np.take_along_axis(found, which, 0)[0]
+        found = np.where((factors == 0).all(axis=1), own, found)
         # Each head's own columns, counted from its first: all heads must be alike.
-        base = own[0].min(axis=1, keepdims=True)
+        base = own.min(axis=1, keepdims=True)
         places = found - base
-        if (places != places[:, :1]).any() or (np.sort(places[0, 0]) != np.arange(dim)).any():
+        if (places != places[:, :1]).any() or (np.sort(own[0] - base[0]) != np.arange(dim)).any():
             raise PositionError("heads that are rotated in several ways")
+        weight, factors = _unweighted(factors, which, places[:, 0])
         rotation = read_rotation(places[:, 0], factors)
         order = (base + rotation.order).reshape(-1)
         x = self.select(value.node, order)
+        if weight is not None:
+            weight = np.broadcast_to(weight, own.shape)[:, rotation.order].reshape(1, -1)
+            x = self._scaled(x, Term(order, 1.0, weight))
         if rotation.scale != 1.0:
             x = self._scaled(x, Term(order, rotation.scale))
         node: Node = self.nodes(Rotary(x.columns, self.source, x, dim, rotation.frequencies))
@@ -199,15 +214,36 @@ class Converter:
 
 
 def _by_head(term: Term, dim: int) -> np.ndarray:
-    """The term's factors [seq_len, head_dim], the same for all heads."""
+    """The term's factors [seq_len, heads or 1, head_dim]."""
     table = np.ones((1,) * (term.index.ndim + 1)) if term.table is None else term.table
-    table = np.broadcast_to(table, (*table.shape[:-1], dim))
     if not np.isfinite(table).all():
         raise PositionError("numbers by position that are not finite")
-    flat = table.reshape(len(table), -1, dim)
-    if (flat != flat[:, :1]).any():
+    heads = table.shape[1:-1] if math.prod(table.shape[1:-1]) == 1 else term.index.shape[:-1]
+    table = np.broadcast_to(table, (len(table), *heads, dim))
+    return np.asarray(table.reshape(len(table), -1, dim), np.float64) * term.scale
+
+
+def _unweighted(
+    factors: np.ndarray, which: np.ndarray, places: np.ndarray
+) -> tuple[np.ndarray | None, np.ndarray]:
+    """A head's factors [2, seq_len, head_dim], and what its columns were multiplied with before
+    they were rotated [heads or 1, head_dim], None if that is one number or nothing.
+
+    factors [2, seq_len, heads or 1, head_dim]; which [1, heads or 1, head_dim]: of the two, that of
+    the column itself; places [2, head_dim]: which of a head's columns they are factors of.
+    """
+    weight = np.take_along_axis(factors[:, 0], which, 0)[0]
+    if np.allclose(weight, weight.flat[0], rtol=_ALIKE, atol=0):
+        weight_ = None
+    else:
+        own = np.take_along_axis(places, which[0, :1], 0)[0]
+        by_column = np.empty_like(weight)
+        by_column[:, own] = np.where(weight == 0, 1.0, weight)
+        factors = factors / by_column[:, places].swapaxes(0, 1)[:, np.newaxis]
+        weight_ = by_column
+    if not np.allclose(factors, factors[:, :, :1], rtol=_ALIKE, atol=_ALIKE):
         raise PositionError("heads that are rotated by several angles")
-    return np.asarray(flat[:, 0], np.float64) * term.scale
+    return weight_, factors[:, :, 0]
 
 
 def _simplified(value: Value) -> tuple[Term, ...]:

@@ -7,14 +7,15 @@ tables a frequency a pair.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-# A score that is lower than this is masked; ALiBi stays above it.
+# A score that is lower than this is masked; ALiBi stays above it, and below its negative.
 _BLOCKED = -1e4
-# Tables may have been rounded to bfloat16: 8 bits.
-_ROUNDING = 2.0**-8
+# float32: frequencies, rounded, times a position, rounded.
+_ANGLE = 2.0**-21
 
 
 class PositionError(Exception):
@@ -23,11 +24,21 @@ class PositionError(Exception):
 
 @dataclass(frozen=True)
 class Bias:
-    """What is added to attention's scores: what it masks, and ALiBi's slopes."""
+    """What is added to attention's scores: what it masks, with `floor` at the most, and ALiBi's
+    slopes."""
 
     causal: bool = False
     window: int | None = None
     slopes: np.ndarray | None = None
+    floor: float = -math.inf
+
+    def times(self, factor: float) -> Bias:
+        """What it is of scores that are multiplied. Raises PositionError for a mask no more."""
+        floor = self.floor * factor
+        if factor <= 0 or floor > _BLOCKED:
+            raise PositionError(f"a mask of {self.floor:g} times {factor:g}")
+        slopes = None if self.slopes is None else self.slopes * np.float32(factor)
+        return replace(self, slopes=slopes, floor=floor)
 
 
 def read_bias(added: np.ndarray) -> Bias:
@@ -37,11 +48,19 @@ def read_bias(added: np.ndarray) -> Bias:
     both.
     """
     heads, queries, keys = added.shape
-    causal, window = _mask(added <= _BLOCKED, queries, keys)
-    if not ((added != 0) & (added > _BLOCKED)).any():
-        return Bias(causal, window)
-    slopes = [_slope(np.asarray(added[h], np.float64), window or keys) for h in range(heads)]
-    return Bias(causal, window, _as_published(np.array(slopes)))
+    blocked = added <= _BLOCKED
+    causal, window = _mask(blocked, queries, keys)
+    if not (added < -_BLOCKED).all():
+        raise PositionError("numbers added to attention's scores that undo a mask")
+    floor = float(added[blocked].max(initial=-math.inf))
+    if not added[~blocked].any():
+        return Bias(causal, window, None, floor)
+    lines = [_Line(np.asarray(added[h], np.float64), window or keys) for h in range(heads)]
+    slopes = np.array([line.slope() for line in lines])
+    paper = alibi_slopes(heads)
+    if all(line.has(slope) for line, slope in zip(lines, paper, strict=True)):
+        slopes = paper
+    return Bias(causal, window, slopes.astype(np.float32), floor)
 
 
 def _mask(blocked: np.ndarray, queries: int, keys: int) -> tuple[bool, int | None]:
@@ -56,33 +75,47 @@ def _mask(blocked: np.ndarray, queries: int, keys: int) -> tuple[bool, int | Non
     return True, None if seen == keys else seen
 
 
-def _slope(added: np.ndarray, window: int) -> float:
-    """Of one head: [queries or 1, keys], a straight line by key, of any height a query."""
-    queries, keys = added.shape
-    places = np.arange(keys, dtype=np.float64)
-    seen = np.ones((queries, keys), bool)
-    if queries > 1:
-        distance = np.arange(queries)[:, np.newaxis] - places
-        seen = (distance >= 0) & (distance < window)
-    last = seen[-1]
-    if np.count_nonzero(last) < 2:
-        return 0.0
-    values, where = added[-1, last], places[last] - places[last].mean()
-    slope = float(where @ values / (where @ where))
-    line = np.where(seen, added - slope * places, 0.0)
-    height = line.sum(axis=1, keepdims=True) / seen.sum(axis=1, keepdims=True)
-    if np.abs(np.where(seen, line - height, 0.0)).max() > _ROUNDING * max(
-        1.0, np.abs(values).max()
-    ):
-        raise PositionError("numbers added to attention's scores that are no ALiBi")
-    return slope
+class _Line:
+    """Of one head, added [queries or 1, keys]: a straight line by key, of any height a query, where
+    queries see keys."""
+
+    def __init__(self, added: np.ndarray, window: int) -> None:
+        queries, keys = added.shape
+        self.added, self.places = added, np.arange(keys, dtype=np.float64)
+        self.seen = np.ones((queries, keys), bool)
+        if queries > 1:
+            distance = np.arange(queries)[:, np.newaxis] - self.places
+            self.seen = (distance >= 0) & (distance < window)
+        numbers = added[self.seen]
+        self.loose = _rounding(numbers) * max(1.0, float(np.abs(numbers).max()))
+
+    def slope(self) -> float:
+        """By the last query. Raises PositionError for what is no straight line."""
+        last = self.seen[-1]
+        found = 0.0
+        if np.count_nonzero(last) > 1:
+            where = self.places[last] - self.places[last].mean()
+            found = float(where @ self.added[-1, last] / (where @ where))
+        if not self.has(found):
+            raise PositionError("numbers added to attention's scores that are no ALiBi")
+        return found
+
+    def has(self, slope: float) -> bool:
+        """Is it that line, but for rounding?"""
+        line = np.where(self.seen, self.added - slope * self.places, 0.0)
+        height = line.sum(axis=1, keepdims=True) / self.seen.sum(axis=1, keepdims=True)
+        return bool(np.abs(np.where(self.seen, line - height, 0.0)).max() <= self.loose)
 
 
-def _as_published(slopes: np.ndarray) -> np.ndarray:
-    """The slopes of the paper, if these are theirs but for rounding."""
-    paper = alibi_slopes(len(slopes))
-    found = paper if np.allclose(slopes, paper, rtol=_ROUNDING, atol=0) else slopes
-    return found.astype(np.float32)
+def _rounding(table: np.ndarray) -> float:
+    """How far a number of the table is from what was meant, relative: 2^-8 where all are bfloat16,
+    2^-11 where all are float16."""
+    fraction, exponent = np.frexp(np.asarray(table, np.float64))
+    for bits in (8, 11):
+        rounded = np.ldexp(np.round(np.ldexp(fraction, bits)), exponent - bits)
+        if np.allclose(rounded, table, rtol=1e-6, atol=0):
+            return float(2.0**-bits)
+    return float(2.0**-20)
 
 
 def alibi_slopes(heads: int) -> np.ndarray:
@@ -127,12 +160,13 @@ def read_rotation(indices: np.ndarray, factors: np.ndarray) -> Rotation:
     if not np.array_equal(indices[own, columns], columns):
         raise PositionError("columns of a head that are moved and not rotated")
     turned = np.abs(sin).max(axis=0) > 0
+    rounding = _rounding(factors)
     scale = float(np.median(np.hypot(cos, sin)[:, turned])) if turned.any() else 1.0
-    if abs(scale - 1) < _ROUNDING / 4:
+    if abs(scale - 1) < rounding / 4:
         scale = 1.0
     first = columns[turned & (columns < partner)]
     second = partner[first]
-    loose = _ROUNDING * scale
+    loose = rounding * scale
     if (
         2 * len(first) != np.count_nonzero(turned)
         or not np.array_equal(partner[second], first)
@@ -142,41 +176,49 @@ def read_rotation(indices: np.ndarray, factors: np.ndarray) -> Rotation:
         or (scale != 1.0 and not turned.all())
     ):
         raise PositionError("numbers by position that are no rotation")
-    found = _frequencies(cos[:, first] / scale, -sin[:, first] / scale)
+    found = _frequencies(cos[:, first] / scale, -sin[:, first] / scale, rounding)
     rest = columns[~turned]
     half = len(rest) // 2
     order = np.concatenate((first, rest[:half], second, rest[half:]))
     return Rotation(order, np.concatenate((found, np.zeros(half))).astype(np.float32), scale)
 
 
-def _frequencies(cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
+def _frequencies(cos: np.ndarray, sin: np.ndarray, rounding: float) -> np.ndarray:
     """Radians a position from [seq_len, pairs]: from far positions, whose turns near ones count."""
-    angles = np.arctan2(np.asarray(sin, np.float64), np.asarray(cos, np.float64))
+    turned = np.asarray(cos, np.float64) + 1j * np.asarray(sin, np.float64)
+    if len(turned) < 2:
+        raise PositionError("rotary positions of one token, which is not at position 0")
+    angles = np.angle(turned)
     found = angles[1]
     position = 2
     while position < len(angles):
         turns = np.round((found * position - angles[position]) / math.tau)
         found = (angles[position] + turns * math.tau) / position
         position *= 2
-    found = _as_in_paper(found)
-    places = np.arange(len(angles))[:, np.newaxis]
-    off = np.abs(np.exp(1j * places * found) - (cos + 1j * sin)).max(initial=0)
-    if off > 2 * _ROUNDING:
+    # The straight line through what all positions are off.
+    places = np.arange(len(turned), dtype=np.float64)
+    off = np.angle(turned * np.exp(-1j * np.outer(places, found)))
+    found = found + places @ off / (places @ places)
+    found = next((series for series in _series(found) if _fits(series, turned, rounding)), found)
+    if not _fits(found, turned, 2 * rounding):
         raise PositionError("rotary positions that are not in proportion to the token's position")
     return found
 
 
-def _as_in_paper(found: np.ndarray) -> np.ndarray:
-    """base^(-i / pairs) for a whole number as base, if these are that but for rounding.
+def _fits(frequencies: np.ndarray, turned: np.ndarray, rounding: float) -> bool:
+    """Are the positions' turns [seq_len, pairs] those of the frequencies, but for rounding?"""
+    angles = np.outer(np.arange(len(turned)), frequencies)
+    return bool((np.abs(np.exp(1j * angles) - turned) <= rounding + _ANGLE * np.abs(angles)).all())
+
+
+def _series(found: np.ndarray) -> Iterator[np.ndarray]:
+    """base^(-i / pairs) for a whole number of few digits as base, the fewest first.
 
     Su et al. 2021 (arXiv:2104.09864), section 3.3: there the base is 10000.
     """
     pairs = len(found)
     if pairs < 2 or found.min() <= 0:
-        return found
-    for digits in (1, 2, 3):
+        return
+    for digits in range(1, 7):
         base = float(f"{found[1] ** -pairs:.{digits}g}")
-        series = base ** (-np.arange(pairs) / pairs)
-        if np.allclose(found, series, rtol=_ROUNDING / 4, atol=0):
-            return np.asarray(series)
-    return found
+        yield base ** (-np.arange(pairs) / pairs)

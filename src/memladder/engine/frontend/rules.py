@@ -1,22 +1,23 @@
 """Rewriting a graph until each function is one node, however it is spelled: activations and norms.
 
 A rule looks at one node whose inputs were rewritten before; it gives a better node, or None. What
-a chain of elementwise operators and means is, is found by what it computes: it is evaluated in
-float64 on probes, and compared with the functions of a table. So it does not matter whether a cube
-is a power or two products, or in which order numbers are multiplied.
+a chain of elementwise operators and means is, is found by what it computes: `probes` evaluates it
+in float64 and compares it with the functions of a table. So it does not matter whether a cube is a
+power or two products, or in which order numbers are multiplied.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from memladder.engine.graph.evaluate import POINTWISE, evaluate_from
+from memladder.engine.frontend import probes
+from memladder.engine.graph.evaluate import evaluate_from
 from memladder.engine.graph.nodes import (
     Attention,
     ByColumn,
@@ -35,9 +36,8 @@ from memladder.engine.graph.nodes import (
 FUNCTIONS = ("silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "relu_squared", "sigmoid", "tanh")
 """Of one operand; what a chain of elementwise operators may turn out to be."""
 
-# Numbers of a model in float16 are rounded to 11 bits: tanh's and erf's GELU, 5e-4 apart, are told
-# apart by which of them is nearer.
-_NEAR = 1e-3
+# Two float32 numbers, multiplied, are this near to what was meant.
+_ROUNDED = 1e-6
 Rule = Callable[[Node, Nodes], Node | None]
 
 
@@ -76,12 +76,9 @@ def function(node: Node, nodes: Nodes) -> Node | None:
     for leaf in _leaves(node, (Pointwise,)):
         if node.operands == (leaf,) and node.function in FUNCTIONS:
             continue
-        probe = torch.linspace(-9, 9, 577, dtype=torch.float64).unsqueeze(1)
-        # All columns are alike: one is enough.
-        found = evaluate_from(node, leaf, probe)
-        name = _nearest(found, {name: POINTWISE[name](probe) for name in FUNCTIONS})
+        name = probes.nearest_function(partial(evaluate_from, node, leaf), FUNCTIONS)
         if name is not None:
-            return nodes(Pointwise(node.columns, node.source, str(name), (leaf,)))
+            return nodes(Pointwise(node.columns, node.source, name, (leaf,)))
     return None
 
 
@@ -96,20 +93,21 @@ def norm(node: Node, nodes: Nodes) -> Node | None:
         groups = {other.group for other in within if isinstance(other, Mean | Norm)}
         if not groups:
             continue
-        epsilons = {
-            o.numbers[0] for o in within if isinstance(o, Pointwise) and o.function == "plus"
-        }
-        epsilons |= {0.0, *(other.eps for other in within if isinstance(other, Norm))}
-        probe = _rows(leaf.columns)
-        known = {
-            (kind, group, eps): evaluate_from(
-                Norm(leaf.columns, "", leaf, kind, group, eps), leaf, probe
+        numbers = {n for o in within if isinstance(o, Pointwise) for n in o.numbers}
+        numbers |= {other.eps for other in within if isinstance(other, Norm)}
+        # A least root mean square is as good as nothing where float16 does not reach it.
+        epsilons = {0.0, *numbers, *(n * n for n in numbers)}
+        candidates = {
+            (kind, group, eps): partial(
+                evaluate_from, Norm(leaf.columns, "", leaf, kind, group, eps), leaf
             )
             for kind in ("rms", "layer")
             for group in groups
             for eps in epsilons
+            if 0 <= eps < 1
         }
-        best = _nearest(evaluate_from(node, leaf, probe), known)
+        found = partial(evaluate_from, node, leaf)
+        best = probes.nearest_of_rows(found, candidates, leaf.columns, numbers)
         if best is not None:
             return nodes(Norm(node.columns, node.source, leaf, *best))
     return None
@@ -122,10 +120,14 @@ def centred(node: Node, nodes: Nodes) -> Node | None:
     for leaf in _leaves(node.x, (Pointwise, Mean, Columns)):
         if leaf.columns != node.columns:
             continue
-        probe = _rows(leaf.columns)
-        groups = probe.view(len(probe), -1, node.group)
-        wanted = (groups - groups.mean(dim=-1, keepdim=True)).flatten(1)
-        if _nearest(evaluate_from(node.x, leaf, probe), {"centred": wanted}) is not None:
+
+        def wanted(x: Tensor, group: int = node.group) -> Tensor:
+            groups = x.view(len(x), -1, group)
+            return (groups - groups.mean(dim=-1, keepdim=True)).flatten(1)
+
+        found = partial(evaluate_from, node.x, leaf)
+        numbers = {n for o in _between(node.x, leaf) if isinstance(o, Pointwise) for n in o.numbers}
+        if probes.nearest_of_rows(found, {"centred": wanted}, leaf.columns, numbers) is not None:
             return nodes(replace(node, kind="layer", x=leaf))
     return None
 
@@ -170,7 +172,7 @@ def attention_scale(node: Node, nodes: Nodes) -> Node | None:
         return None
     usual = (node.query.columns // node.heads) ** -0.5
     factor = node.scale / usual
-    if abs(factor - 1) < _NEAR:
+    if abs(factor - 1) < _ROUNDED:
         return None
     query = _times(node.query, factor, nodes)
     return nodes(replace(node, query=query, scale=usual))
@@ -214,22 +216,3 @@ def _between(node: Node, leaf: Node) -> list[Node]:
     """`node` and all that it needs, up to the leaf."""
     before = {id(other) for other in ordered(leaf)}
     return [other for other in ordered(node) if id(other) not in before]
-
-
-def _rows(columns: int) -> Tensor:
-    """Rows of many magnitudes, the smallest ones near the root of a norm's epsilon."""
-    generator = torch.Generator().manual_seed(0)
-    size = torch.logspace(-3.5, 1, 10, dtype=torch.float64).unsqueeze(1)
-    values = torch.randn(10, columns, generator=generator, dtype=torch.float64)
-    return (values + 0.5) * size
-
-
-def _nearest(found: Tensor, known: Mapping[Any, Tensor]) -> Any:
-    """The key of what is found, if it is any of those known."""
-    errors = {
-        key: float(((found - values).abs() / (1 + values.abs())).nan_to_num(torch.inf).max())
-        for key, values in known.items()
-        if values.shape[0] == found.shape[0]
-    }
-    best = min(errors, key=lambda key: errors[key], default=None)
-    return best if best is not None and errors[best] <= _NEAR else None

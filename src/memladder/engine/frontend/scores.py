@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,6 +19,8 @@ from memladder.engine.frontend.axes import (
     Axis,
     LayoutError,
     align,
+    broadcast_shapes,
+    merged,
     regroup,
     same_for_all,
     shape_of,
@@ -43,6 +44,7 @@ class Scores:
     scale: float = 1.0
     softcap: float | None = None
     capped: bool = False
+    added: bool = False
     biases: tuple[Bias, ...] = ()
     causal: bool = False
     softmaxed: bool = False
@@ -57,19 +59,19 @@ class Scores:
         if self.softmaxed:
             raise LayoutError("probabilities that are multiplied")
         if self.capped and self.softcap is None:
+            if factor <= 0:
+                raise LayoutError(f"a soft cap of {factor:g}")
             # tanh(s / c) · c: the number is the cap, which has divided before.
             return replace(self, softcap=factor, scale=self.scale * factor)
         if self.capped:
             raise LayoutError("scores that are multiplied after their cap")
-        biases = tuple(
-            b if b.slopes is None else replace(b, slopes=b.slopes * np.float32(factor))
-            for b in self.biases
-        )
+        biases = tuple(bias.times(factor) for bias in self.biases)
         return replace(self, scale=self.scale * factor, biases=biases)
 
     def tanh(self) -> Scores:
-        """The inner half of a soft cap."""
-        if self.capped or self.softmaxed or any(b.slopes is not None for b in self.biases):
+        """The inner half of a soft cap. What was added before is capped with the scores: a mask
+        would be none any more."""
+        if self.capped or self.softmaxed or self.added:
             raise LayoutError("scores of which the hyperbolic tangent is taken")
         return replace(self, capped=True)
 
@@ -79,10 +81,14 @@ class Scores:
             raise LayoutError("a constant that is added to probabilities")
         tokens = self.query.tokens
         aligned = align(self.axes, np.asarray(added, np.float32), tokens)
+        if not aligned.any():
+            return self
         kinds = [f for axis in self.axes for f in axis]
         if tokens.seq_len == 1:
+            if not np.isfinite(aligned).all():
+                raise LayoutError("whole rows of scores that are masked")
             # One key has all the weight, whatever its score.
-            return self
+            return replace(self, added=True)
         aligned = same_for_all(aligned, [i for i, f in enumerate(kinds) if f == "b"])
         heads = [i for i, f in enumerate(kinds) if isinstance(f, int)]
         order = [i for i, f in enumerate(kinds) if f == "b"]
@@ -97,8 +103,21 @@ class Scores:
             if not np.isfinite(moved).all():
                 raise LayoutError("whole rows of scores that are masked")
             # The same for all of a query's keys: softmax does not see it.
-            return self
-        return replace(self, biases=(*self.biases, read_bias(moved)))
+            return replace(self, added=True)
+        return replace(self, added=True, biases=(*self.biases, read_bias(moved)))
+
+    def floored(self, number: float) -> Scores:
+        """No score below the number, which must be one that masks."""
+        biases = tuple(replace(b, floor=max(b.floor, number)) for b in self.biases)
+        return replace(self, biases=biases)
+
+    def normalised(self, axis: int) -> Scores:
+        """Softmax of each query's keys."""
+        keys = ("k",) if self.query.tokens.seq_len > 1 else ()
+        last = len(self.axes) - 1
+        if axis not in (-1, last) or self.axes[-1] != keys or self.softmaxed:
+            raise LayoutError("a softmax over something else than keys")
+        return replace(self, softmaxed=True)
 
     def reshaped(self, shape: tuple[int, ...]) -> Scores:
         """Batch axes regrouped."""
@@ -107,27 +126,44 @@ class Scores:
 
 def begin(query: Value, key: Value) -> Scores:
     """q · kᵀ. query [batch…, tokens, head_dim], key [batch…, tokens, head_dim]."""
-    query, key = query.merged(), key.merged()
-    tokens = token_axes(query.tokens)[1]
-    for value in (query, key):
-        if value.axes[-2] != tokens or not value.columns:
-            raise LayoutError("a product of two activations that is no attention")
+    query, key = _by_token(query), _by_token(key)
+    if query.shape[-1] != key.shape[-1]:
+        raise LayoutError(f"heads of {query.shape[-1]} columns times heads of {key.shape[-1]}")
+    batch = broadcast_shapes(query.shape[:-2], key.shape[:-2])
+    query, key = _in_batch(query, batch), _in_batch(key, batch)
+    if query.axes[:-2] != key.axes[:-2]:
+        raise LayoutError("queries and keys of other sequences or heads")
+    tokens = query.axes[-2]
     last: Axis = ("k",) if tokens else ()
-    # The one that has fewer axes is as if it had more of size 1 in front.
-    pairs = zip_longest(reversed(query.axes[:-2]), reversed(key.axes[:-2]), fillvalue=())
-    batch = [one if shape_of((one,), query.tokens) != (1,) else other for one, other in pairs]
-    batch.reverse()
-    return Scores(query, key, (*batch, tokens, last))
+    return Scores(query, key, (*query.axes[:-2], tokens, last))
+
+
+def _by_token(value: Value) -> Value:
+    """[batch…, tokens, columns]; the columns are one factor, of 1 where there is one only."""
+    if len(value.axes) < 2:
+        raise LayoutError("a product of two activations that is no attention")
+    value = views.with_columns(value.merged(), len(value.axes) - 1)
+    if value.axes[-2] != token_axes(value.tokens)[1]:
+        raise LayoutError("a product of two activations that is no attention")
+    return value
+
+
+def _in_batch(value: Value, batch: tuple[int, ...]) -> Value:
+    return views.expand(value, (*batch, *value.shape[-2:])).merged()
 
 
 def finish(converter: Converter, scores: Scores, value: Value) -> Value:
     """softmax(scores) · v, v [batch…, tokens, head_dim]."""
-    value = value.merged()
     tokens = scores.query.tokens
-    if not scores.softmaxed or value.axes[-2] != token_axes(tokens)[1]:
+    value = _by_token(value)
+    if not scores.softmaxed or scores.axes[-2] != value.axes[-2]:
         raise LayoutError("a product of two activations that is no attention")
-    query, q_index, q_scale = _by_head(converter, scores.query)
-    key, k_index, k_scale = _by_head(converter, scores.key)
+    value = _in_batch(value, broadcast_shapes(scores.shape[:-2], value.shape[:-2]))
+    batch = tuple(merged(axis) for axis in scores.axes[:-2])
+    if value.axes[:-2] != ((),) * (len(value.axes) - len(scores.axes)) + batch:
+        raise LayoutError("values of other sequences or heads than scores")
+    query, q_index, q_scale = _by_head(converter, _positioned(scores.query))
+    key, k_index, k_scale = _by_head(converter, _positioned(scores.key))
     own, v_index, v_scale = _by_head(converter, value)
     # q · k is the same in any order of a head's columns, if both have it.
     order = np.argsort(q_index[0])
@@ -150,10 +186,17 @@ def finish(converter: Converter, scores: Scores, value: Value) -> Value:
         window,
         scores.softcap,
     )
-    added: Axes = ((),) * (len(value.axes) - len(scores.axes))
-    axes = (*added, *scores.axes[:-1], (v_index.shape[1],))
+    size = v_index.shape[1]
+    axes = (*value.axes[:-1], (size,) if size > 1 else ())
     found = converter.whole(converter.nodes(attention), axes)
     return views.scaled(found, v_scale)
+
+
+def _positioned(value: Value) -> Value:
+    """Queries or keys; one token alone has all the weight, wherever it is."""
+    if value.tokens.seq_len > 1:
+        return value
+    return replace(value, terms=(views.Term(value.terms[0].index),))
 
 
 def _by_head(converter: Converter, value: Value) -> tuple[Node, np.ndarray, float]:

@@ -167,8 +167,13 @@ def expand(value: Value, shape: Sequence[int]) -> Value:
 def concat(values: Sequence[Value], axis: int) -> Value:
     """Values of one node, joined along an axis of columns."""
     # An axis of size 1 is a column factor here: only so can it be joined.
-    whole_axes = [_with_columns(value.merged(), axis) for value in values]
+    whole_axes = [with_columns(value.merged(), axis) for value in values]
     first = whole_axes[0]
+    if any(
+        v.axes[:axis] + v.axes[axis + 1 :] != first.axes[:axis] + first.axes[axis + 1 :]
+        for v in whole_axes
+    ):
+        raise LayoutError("parts whose tokens or columns lie in other axes")
     place = sum(isinstance(f, int) for a in first.axes[:axis] for f in a)
     count = max(len(value.terms) for value in whole_axes)
     terms = []
@@ -255,10 +260,11 @@ def _reshaped(term: Term, columns: Sequence[int]) -> Term:
     return replace(term, index=term.index.reshape(columns), table=table)
 
 
-def _with_columns(value: Value, axis: int) -> Value:
+def with_columns(value: Value, axis: int) -> Value:
+    """An axis of size 1 is a column factor too. Raises LayoutError for an axis of tokens."""
     if value.axes[axis]:
         if not all(isinstance(f, int) for f in value.axes[axis]):
-            raise LayoutError("tokens are joined")
+            raise LayoutError("tokens where columns are wanted")
         return value
     axes = (*value.axes[:axis], (1,), *value.axes[axis + 1 :])
     return value.map_terms(axes, columns_of(axes))

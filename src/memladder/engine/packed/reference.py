@@ -70,29 +70,30 @@ def dequantised(
     return module.to(device)
 
 
-def _make_alibi_relative(module: nn.Module, slopes: Tensor) -> None:
+def _make_alibi_relative(module: layers.Block, slopes: Tensor) -> None:
     """ALiBi by distance, as its paper has it, and not by the key's position.
 
     Softmax does not tell them apart, but float32 does: positions give scores up to a thousand.
     """
-    mask = module.get_buffer("mask")
+    mask = module.passed("attention_mask")
     positions = torch.arange(mask.shape[-1], device=mask.device)
     distance = positions - positions.unsqueeze(1)
-    module.get_buffer("alibi").zero_()
-    module.register_buffer("mask", mask + slopes.view(-1, 1, 1) * distance, persistent=False)
+    module.passed("alibi").zero_()
+    module.pass_on("attention_mask", mask + slopes.view(-1, 1, 1) * distance)
 
 
-def _rotate_by(module: nn.Module, frequencies: Tensor) -> None:
+def _rotate_by(module: layers.Block, frequencies: Tensor) -> None:
     """Angles of the packed frequencies, those of RoFormer's formula rounded once.
 
     transformers computes them in float32, by a power that CPUs round differently: a last bit is
     2e-4 of an angle at position 4096, enough for 8-bit codes of one token in twenty to differ.
     """
-    for name, function in (("cos", torch.cos), ("sin", torch.sin)):
-        held = module.get_buffer(name)  # [1, seq_len, head_dim]
+    for number, function in enumerate((torch.cos, torch.sin)):
+        place = f"position_embeddings.{number}"
+        held = module.passed(place)  # [1, seq_len, head_dim]
         positions = torch.arange(held.shape[-2], device=held.device).float()
         angles = positions.outer(frequencies.float()).repeat(1, 2)
-        module.register_buffer(name, function(angles).expand_as(held), persistent=False)
+        module.pass_on(place, function(angles).expand_as(held))
 
 
 def _tensors(

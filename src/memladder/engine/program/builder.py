@@ -71,8 +71,10 @@ class Builder:
         values: Mapping[str, Value] | None = None,
         in_place: tuple[tuple[str, str], ...] = (),
     ) -> None:
-        """One step more."""
+        """One step more. What was made of rows that it overwrites is of no use any more."""
         self.steps.append(Step(kernel, reads, writes, weights or {}, values or {}, in_place))
+        for x in [x for x in self.quantised if any(map(x.overlaps, writes.values()))]:
+            del self.quantised[x]
 
     def linear(
         self, name: str, x: Rows, out: Rows, activation: str = "", residual: Rows | None = None

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from memladder.core.errors import GraphError
 from memladder.engine.graph.fused import Fused, Glu, NamedNorm, Product
-from memladder.engine.graph.nodes import Attention, Node, Pointwise, Rotary
+from memladder.engine.graph.nodes import Attention, Input, Node, Pointwise, Rotary
 from memladder.engine.program.builder import Builder
 from memladder.engine.program.steps import Rows, Value
 
@@ -97,9 +97,13 @@ class Chunk:
     def emit(self, node: Node, out: Rows | None = None) -> Rows:
         """Steps that compute the node, into `out` if that is given; where it is then."""
         if id(node) not in self.places:
+            if isinstance(node, Input):
+                raise OverlapError
             found = [self.emit(x) for x in node.inputs]
             place = out or self.builder.new(_stem(node), self.size, node.columns)
             self._step(node, found, place)
+            # What lay there is gone.
+            self.places = {key: x for key, x in self.places.items() if not x.overlaps(place)}
             self.places[id(node)] = place
         return self.places[id(node)]
 

@@ -44,6 +44,12 @@ class Rows:
     start: int
     count: int
 
+    def overlaps(self, other: Rows) -> bool:
+        """Whether a row is in both."""
+        return self.buffer == other.buffer and (
+            self.start < other.start + other.count and other.start < self.start + self.count
+        )
+
 
 @dataclass(frozen=True)
 class Step:

@@ -9,7 +9,6 @@ In a process of its own, which needs no GPU: nothing is launched there, only not
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -20,7 +19,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from memladder.core import children
 from memladder.core.errors import UnavailableError
+from memladder.core.text import clean
 from memladder.engine.program.steps import Step
 
 FOLDER = "kernels"
@@ -35,12 +36,12 @@ def write(folder: Path) -> str:
     layer then runs on the CPU alone."""
     if find_spec("triton") is None:
         return "no kernels for a GPU: Triton is not installed"
-    command = [sys.executable, "-m", __name__, str(folder), str(CAPABILITY)]
+    command = children.module(__name__, folder, str(CAPABILITY))
     # Functions of the interpreter are others.
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(command, check=False, env=env, capture_output=True, text=True)
+    done = children.run(command, env=env)
     if done.returncode == _NO_KERNEL:
-        return f"no kernels for a GPU: {done.stderr.strip()}"
+        return f"no kernels for a GPU: {clean(done.stderr)}"
     assert done.returncode == 0, done.stderr
     return f"kernels for a GPU: {len(list((folder / FOLDER).iterdir()))}"
 

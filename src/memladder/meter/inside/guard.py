@@ -25,6 +25,7 @@ from memladder.core.processes import PR_SET_CHILD_SUBREAPER, PR_SET_PDEATHSIG, d
 _LEASH = 0
 _GIVE_UP_S = 30.0
 _TOLD_TO_END = 128 + signal.SIGTERM
+_NOT_OURS = (signal.SIGINT, signal.SIGHUP)
 
 
 def main(arguments: list[str]) -> int:
@@ -56,6 +57,9 @@ def _wake_on_signals() -> int:
     signal.set_wakeup_fd(wake_end)
     signal.signal(signal.SIGCHLD, _ignore)
     signal.signal(signal.SIGTERM, _note)
+    # What a terminal or a parent sends to everybody is the runner's to heed.
+    for number in _NOT_OURS:
+        signal.signal(number, signal.SIG_IGN)
     return wake
 
 
@@ -75,6 +79,8 @@ def _spawn(command: list[str], control: int) -> int:
         return pid
     try:
         prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        for number in _NOT_OURS:
+            signal.signal(number, signal.SIG_DFL)
         if os.getppid() != guard:
             os._exit(_TOLD_TO_END)
         # When host memory runs out, the kernel shall take the worker first.
@@ -122,8 +128,10 @@ def _end_all() -> None:
 
 def _die_of(number: int) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    if number != signal.SIGKILL:
+    # The C library keeps two to itself.
+    if number != signal.SIGKILL and number in signal.valid_signals():
         signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [number])
     os.kill(os.getpid(), number)
 
 

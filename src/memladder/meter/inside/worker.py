@@ -33,6 +33,7 @@ from memladder.meter.protocol import (
     Order,
     PhaseStart,
     Planned,
+    Prepared,
     decode_order,
     encode,
     one_line,
@@ -120,8 +121,9 @@ def _framework(order: Order) -> Framework:
     return frameworks.load(order.module, order.jobs[0].case.framework)
 
 
-def _prepare(order: Order, _: Channel) -> None:
+def _prepare(order: Order, channel: Channel) -> None:
     _framework(order).prepare(order.jobs[0].job())
+    channel.send(Prepared())
 
 
 def _plan(order: Order, channel: Channel) -> None:
@@ -277,7 +279,7 @@ def failure(error: BaseException) -> Failure:
 
 
 if __name__ == "__main__":
-    if not getattr(sys.flags, "safe_path", False):
-        # Python 3.10 knows no PYTHONSAFEPATH and has put the working directory first.
-        sys.path.pop(0)
+    if sys.version_info < (3, 11):
+        # What a framework spawns would import from the working directory first (3.11 knows better).
+        os.chdir("/")
     sys.exit(main(sys.argv[1:]))

@@ -26,8 +26,10 @@ from memladder.core.units import MIB, format_bytes
 from memladder.environments import ask
 from memladder.frameworks.base import Availability, Framework, Job, Setting
 from memladder.meter import environment
+from memladder.meter.outside.log import Log
+from memladder.meter.outside.patience import watched
 from memladder.meter.outside.samples import Span
-from memladder.meter.outside.watch import Limits, Problem, Story, Watch
+from memladder.meter.outside.watch import Limits, Problem, Story
 from memladder.meter.protocol import JobText, Mode, Order
 
 __all__ = ["STEADY_S", "Event", "Limits", "measure", "run_once", "unavailable", "verify"]
@@ -104,22 +106,14 @@ def measure(
     device = devices.device(case.device)
     variables = framework.environment(case)
     module = module or frameworks.module(case.framework)
-    attempt = _Attempt(job, module, variables, device, limits, log_path, on_event, repeats)
-    _start_log(log_path)
-    runs: list[Run] = []
-    settings: Mapping[str, Setting] = {}
-    problem = attempt.tell(0, Mode.PREPARE, 0.0).problem if prepare else None
-    if problem is not None and problem.refused:
-        raise UsageError(problem.reason)
-    if found.plans and problem is None:
-        return _planned(attempt, framework, found)
-    while problem is None and len(runs) < repeats:
-        outcome = attempt.measured(len(runs) + 1, steady_s)
-        if isinstance(outcome, Problem):
-            problem = outcome
-        else:
-            run, settings = outcome
-            runs.append(run)
+    with Log(log_path) as log:
+        attempt = _Attempt(job, module, variables, device, limits, log, on_event, repeats)
+        problem = attempt.tell(0, Mode.PREPARE, 0.0).problem if prepare else None
+        if problem is not None and problem.refused:
+            raise UsageError(problem.reason)
+        if found.plans and problem is None:
+            return _planned(attempt, framework, found)
+        runs, settings, problem = _repeated(attempt, steady_s, problem)
     return Record(
         case=case,
         status=problem.status if problem else Status.MEASURED,
@@ -131,6 +125,22 @@ def measure(
         environment=environment.describe(case, framework),
         runs=() if problem else tuple(runs),
     )
+
+
+def _repeated(
+    attempt: _Attempt, steady_s: float, problem: Problem | None
+) -> tuple[list[Run], Mapping[str, Setting], Problem | None]:
+    """The runs of a case, up to the first problem."""
+    runs: list[Run] = []
+    settings: Mapping[str, Setting] = {}
+    while problem is None and len(runs) < attempt.repeats:
+        outcome = attempt.measured(len(runs) + 1, steady_s)
+        if isinstance(outcome, Problem):
+            problem = outcome
+        else:
+            run, settings = outcome
+            runs.append(run)
+    return runs, settings, problem
 
 
 def _planned(attempt: _Attempt, framework: Framework, found: Availability) -> Record:
@@ -165,9 +175,9 @@ def run_once(
 ) -> Run:
     """One measured process, nothing prepared. Raises WorkerError when it fails."""
     device = devices.device(job.case.device)
-    _start_log(log_path)
-    attempt = _Attempt(job, module, variables, device, limits, log_path, None, 1)
-    outcome = attempt.measured(1, steady_s)
+    with Log(log_path) as log:
+        attempt = _Attempt(job, module, variables, device, limits, log, None, 1)
+        outcome = attempt.measured(1, steady_s)
     if isinstance(outcome, Problem):
         raise WorkerError(f"{module}: {outcome.reason}; log: {log_path}")
     return outcome[0]
@@ -206,9 +216,9 @@ def verify(
         tuple(JobText.of(job) for job in jobs),
         0.0,
     )
-    _start_log(log_path)
     notify = _notifier(on_event, 0, 1)
-    story = Watch(order, limits, devices.device(device), notify).run(variables, log_path)
+    with Log(log_path) as log:
+        story = watched(order, limits, devices.device(device), notify, variables, log)
     if story.problem is not None:
         raise WorkerError(f"{name}: {story.problem.reason}; log: {log_path}")
     return Verification(
@@ -230,7 +240,7 @@ class _Attempt:
     variables: Mapping[str, str]
     device: Device | None
     limits: Limits
-    log_path: Path
+    log: Log
     on_event: OnEvent | None
     repeats: int
 
@@ -238,7 +248,7 @@ class _Attempt:
         """Run one worker; its story."""
         order = Order(mode, self.module, (JobText.of(self.job),), steady_s)
         notify = _notifier(self.on_event, repeat, self.repeats)
-        return Watch(order, self.limits, self.device, notify).run(self.variables, self.log_path)
+        return watched(order, self.limits, self.device, notify, self.variables, self.log)
 
     def measured(self, repeat: int, steady_s: float) -> tuple[Run, Mapping[str, Setting]] | Problem:
         """One measured process: its run and the session's settings, or why there is none."""
@@ -326,11 +336,3 @@ def _notifier(on_event: OnEvent | None, repeat: int, repeats: int) -> Callable[[
             on_event(Event(phase, repeat, repeats, current_bytes))
 
     return notify
-
-
-def _start_log(path: Path) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(b"")
-    except OSError as error:
-        raise UsageError(f"cannot write {path}: {error.strerror or error}") from None

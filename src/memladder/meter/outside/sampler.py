@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Self
 
 from memladder.core import processes
 from memladder.core.devices import UNKNOWN, Device, DeviceProcess
-from memladder.core.host import HostMemory
-from memladder.core.units import format_bytes
+from memladder.core.processes import Resident
 from memladder.meter.outside.samples import PageCount, Samples
 
 INTERVAL_S = 0.005
@@ -34,11 +33,13 @@ _AT_TOP = 0.998
 class Sampler:
     """Reads all descendants of `root` while the `with` block lasts.
 
-    `on_poll` is called in the polling thread, some 50 times a second, with the tree's RSS; what it
-    or a reading raises ends the sampling and is kept in `error`.
+    `on_poll` is called in the polling thread, some 50 times a second, with what the tree holds and
+    its process ids; what it or a reading raises ends the sampling and is kept in `error`.
     """
 
-    def __init__(self, root: int, device: Device | None, on_poll: Callable[[int], None]) -> None:
+    def __init__(
+        self, root: int, device: Device | None, on_poll: Callable[[Resident, Sequence[int]], None]
+    ) -> None:
         self.samples = Samples()
         self.others: dict[int, tuple[str, int | None]] = {}
         self.error: Exception | None = None
@@ -48,8 +49,9 @@ class Sampler:
         self._pids: tuple[int, ...] = ()
         self._ever: set[int] = {root}
         self._stop = threading.Event()
+        self._polling = threading.Lock()
         self._counting = threading.Lock()
-        self._rss = 0
+        self.held = Resident(0, 0)
         self._rss_peak = 0
         self._rss_counted = 0
         self._threads = [
@@ -75,19 +77,37 @@ class Sampler:
     @property
     def current_bytes(self) -> int:
         """The latest reading: device bytes of the tree where there are any, else RSS."""
+        return self.device_bytes or self.held.rss
+
+    @property
+    def device_bytes(self) -> int | None:
+        """The tree's bytes on the device, as read last; None where they are not told."""
         polls = self.samples.polls
         ours = polls.ours[-1] if polls.start_ns else UNKNOWN
-        return ours if ours > 0 else self._rss
+        return ours if ours > 0 else None
+
+    @property
+    def pids(self) -> tuple[int, ...]:
+        """The tree's processes, as seen last."""
+        return self._pids
 
     def begin_phase(self) -> None:
         """Forget the high-water mark that page counts are aimed at."""
         self._rss_peak = self._rss_counted = 0
 
     def read_still(self) -> None:
-        """Count pages now and wait for a few polls; for a worker that holds still."""
+        """Read the tree's memory and count its pages now, for a worker that holds still.
+
+        The threads may have had no turn since its phase began: a busy machine has others to run.
+        """
+        self._guarded(self._read_still)
+
+    def _read_still(self) -> None:
         self._scan()
+        self._poll()
         self._count()
         self._stop.wait(4 * INTERVAL_S)
+        self._poll()
 
     def foreign(self) -> dict[int, tuple[str, int | None]]:
         """Others seen on the device: name and most bytes (None where not told), by pid."""
@@ -107,7 +127,7 @@ class Sampler:
                 self._scan()
             self._poll()
             if round_ % _GUARD_EVERY == 0:
-                self._on_poll(self._rss)
+                self._on_poll(self.held, self._pids)
             round_ += 1
             due += INTERVAL_S
             wait = due - time.monotonic()
@@ -124,17 +144,20 @@ class Sampler:
         self._ever.update(self._pids)
 
     def _poll(self) -> None:
-        pids = self._pids
-        start = time.monotonic_ns()
-        rss = sum(processes.rss(pid) for pid in pids)
-        ours = total = UNKNOWN
-        if self._device is not None:
-            ours, total, others = self._device.read(pids)
-            for other in others:
-                self._meet(other)
-        self.samples.polls.add(start, time.monotonic_ns(), rss, ours, total)
-        self._rss = rss
-        self._rss_peak = max(self._rss_peak, rss)
+        with self._polling:
+            pids = self._pids
+            start = time.monotonic_ns()
+            held = [processes.resident(pid) for pid in pids]
+            rss = sum(one.rss for one in held)
+            private = sum(one.private for one in held)
+            ours = total = UNKNOWN
+            if self._device is not None:
+                ours, total, others = self._device.read(pids)
+                for other in others:
+                    self._meet(other)
+            self.samples.polls.add(start, time.monotonic_ns(), rss, ours, total)
+            self.held = Resident(rss, private)
+            self._rss_peak = max(self._rss_peak, rss)
 
     def _meet(self, other: DeviceProcess) -> None:
         name, most = self.others.get(other.pid) or (other.name, None)
@@ -154,46 +177,20 @@ class Sampler:
             cost = (last.end_ns - last.start_ns) / 1e9
             since = (time.monotonic_ns() - last.end_ns) / 1e9
             peak = self._rss_peak
-            new_height = self._rss >= _AT_TOP * peak and self._rss_counted < _AT_TOP * peak
+            new_height = self.held.rss >= _AT_TOP * peak and self._rss_counted < _AT_TOP * peak
             eager = new_height and since >= max(_EAGER_S, cost * (1 / _EAGER_SHARE - 1))
             if eager or since >= max(_IDLE_S, cost * (1 / _IDLE_SHARE - 1)):
                 self._count()
 
     def _count(self) -> None:
         with self._counting:
-            before = self._rss
+            before = self.held.rss
             start = time.monotonic_ns()
             found = [processes.pages(pid) for pid in self._pids]
             end = time.monotonic_ns()
             # Pages are walked in turn: only what was there from first to last is surely counted.
-            rss = min(before, self._rss)
+            rss = min(before, self.held.rss)
             pss, uss = sum(one.pss for one in found), sum(one.uss for one in found)
             if pss:
                 self.samples.counts.append(PageCount(start, end, pss, uss, rss))
                 self._rss_counted = max(self._rss_counted, rss)
-
-
-class HostGuard:
-    """Says when a case must be ended because it takes too much of the host's memory."""
-
-    def __init__(self, host: HostMemory, fraction: float, case_bytes: int | None) -> None:
-        self._host = host
-        self._fraction = fraction
-        self._case_bytes = case_bytes
-        self.fullest = 0.0
-
-    def breach(self, rss: int) -> str | None:
-        """Why the case must end now, given the resident bytes of its processes; None if not."""
-        use = self._host.read()
-        self.fullest = max(self.fullest, use.fraction)
-        if self._case_bytes is not None and rss > self._case_bytes:
-            return (
-                f"the case held {format_bytes(rss)} of host memory; "
-                f"its limit is {format_bytes(self._case_bytes)}"
-            )
-        if use.fraction > self._fraction:
-            return (
-                f"host memory: {format_bytes(use.used)} of {format_bytes(use.limit)} were in use, "
-                f"{format_bytes(rss)} of it by the case; the limit is {self._fraction:.0%}"
-            )
-        return None

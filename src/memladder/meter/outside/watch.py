@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from memladder.core.devices import Device
+from memladder.core.errors import RecordError, WorkerError
 from memladder.core.host import HostMemory
-from memladder.core.record import Status
+from memladder.core.processes import Resident
+from memladder.core.record import PHASES, Status
+from memladder.core.text import clean
+from memladder.core.units import format_bytes
 from memladder.meter.environment import RUNNER_VARIABLES
 from memladder.meter.outside.launch import GuardedWorker, how_it_ended
-from memladder.meter.outside.sampler import HostGuard, Sampler
+from memladder.meter.outside.log import Log, Output
+from memladder.meter.outside.sampler import Sampler
 from memladder.meter.outside.samples import Samples, Span
+from memladder.meter.outside.shortage import HostGuard, Shortage, who_holds
 from memladder.meter.protocol import (
     AGAIN,
     GO_ON,
@@ -28,39 +34,48 @@ from memladder.meter.protocol import (
     Order,
     PhaseStart,
     Planned,
+    Prepared,
     decode,
     one_line,
 )
 
 _WAIT_S = 0.02
 _NOTIFY_S = 0.25
-# A worker that the kernel killed with the host this full died for want of memory.
+# A worker that was killed with the host this full may have died for want of memory.
 _NEARLY_FULL = 0.85
+# What a dead worker has written is there to read; somebody else may hold the pipe's other end.
+_DRAIN_S = 1.0
+_NAMED = 3
 # Steady goes on, up to this many times its length, until PSS was counted within 1 % of RSS's peak.
 _STEADY_STRETCH = 5
 _PSS_BOUND = 0.01
-_MAX_WORDS = 1 << 22
 
 
 @dataclass(frozen=True)
 class Limits:
     """What one worker may take. `host_fraction` is of host memory in use by everybody,
-    `case_bytes` of resident bytes of the worker's own processes; None means no such limit."""
+    `case_bytes` of resident bytes of the worker's own processes; None means no such limit.
+
+    `patience_s` is how long a case waits for memory that others hold, in all.
+    """
 
     timeout_s: float = 1800.0
     host_fraction: float = 0.92
     case_bytes: int | None = None
+    patience_s: float = 60.0
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Why a worker did not do what it was started for."""
+    """Why a worker did not do what it was started for. `needed_bytes` are what it lacks where it is
+    `busy`: what it held, and asked for."""
 
     status: Status
     reason: str
     hint: str | None = None
     asked_bytes: int | None = None
     refused: bool = False
+    needed_bytes: int = 0
 
 
 @dataclass
@@ -73,6 +88,7 @@ class Story:
     starts: list[PhaseStart] = field(default_factory=list)
     finished: Finished | None = None
     checked: list[Checked] = field(default_factory=list)
+    prepared: bool = False
     planned: Planned | None = None
     samples: Samples = field(default_factory=Samples)
     others: Mapping[int, tuple[str, int | None]] = field(default_factory=dict)
@@ -116,43 +132,63 @@ class Watch:
         self._memory = HostGuard(self._host, limits.host_fraction, limits.case_bytes)
         self._kills_before = self._host.oom_kills()
         self._told_at = 0.0
-        self._words_from = 0
         self.story = Story()
 
-    def run(self, variables: Mapping[str, str], log: Path) -> Story:
+    def run(self, variables: Mapping[str, str], log: Log) -> Story:
         """Start the worker, stay until it and all that it started is gone, and tell its story."""
         idle = None
         if self._device is not None:
             idle = self._device.used_bytes()
             self.story.before = frozenset(one.pid for one in self._device.processes())
-        self._words_from = log.stat().st_size
-        with GuardedWorker(self._order, {**RUNNER_VARIABLES, **variables}, log) as worker:
+        status = None
+        output = Output(log)
+        try:
+            with output:
+                status = self._watched({**RUNNER_VARIABLES, **variables}, output.pipe, idle)
+        except WorkerError as error:
+            # Something stays alive whatever it is sent: this case's failure, not the next one's.
+            self.story.problem = self.story.problem or self._failed(str(error))
+        if self.story.problem is None:
+            self.story.problem = self._judge(status, output)
+        return self.story
 
-            def on_poll(rss: int) -> None:
-                reason = self._memory.breach(rss)
-                if reason is not None:
-                    self._end(worker, Problem(Status.OOM, reason, asked_bytes=rss))
+    def _watched(self, variables: Mapping[str, str], output: int, idle: int | None) -> int | None:
+        with GuardedWorker(self._order, variables, output) as worker:
+
+            def on_poll(now: Resident, pids: Sequence[int]) -> None:
+                found = self._memory.breach(now, (*pids, worker.root, os.getpid()))
+                if found is not None:
+                    status = Status.OOM if found.is_own else Status.BUSY
+                    held = found.own
+                    self._end(worker, Problem(status, found.reason, None, held, needed_bytes=held))
 
             with Sampler(worker.root, self._device, on_poll) as sampler:
                 self.story.samples = sampler.samples
                 sampler.samples.idle = idle
                 status = self._attend(worker, sampler)
                 self.story.others = sampler.foreign()
-        if self.story.problem is None:
-            self.story.problem = self._judge(status, log)
-        return self.story
+        return status
 
     def _attend(self, worker: GuardedWorker, sampler: Sampler) -> int | None:
         """Stay with the worker; its exit status, or None when it had to be ended."""
         deadline = time.monotonic() + self._limits.timeout_s
-        status = None
+        status = ended = None
         while status is None or not worker.output_ended:
             status = worker.status()
+            if status is not None:
+                ended = ended or time.monotonic()
+                if worker.orphans():
+                    self._end(worker, self._failed(f"the worker's guard {how_it_ended(status)}"))
+                if time.monotonic() > ended + _DRAIN_S:
+                    break
+            elif worker.stopped():
+                self._end(worker, self._failed("the worker's guard was stopped"))
+                break
             try:
                 for line in worker.lines(_WAIT_S):
                     self._take(decode(line), worker, sampler)
-            except ValueError as error:
-                self._end(worker, self._failed(str(error)))
+            except (ValueError, RecordError) as error:
+                self._end(worker, self._failed(clean(str(error))))
                 break
             if worker.output_ended and status is None:
                 time.sleep(_WAIT_S)
@@ -168,6 +204,7 @@ class Watch:
 
     def _take(self, message: Message, worker: GuardedWorker, sampler: Sampler) -> None:
         story = self.story
+        require_order(story, message, time.monotonic_ns())
         match message:
             case PhaseStart():
                 story.starts.append(message)
@@ -180,16 +217,44 @@ class Watch:
                 story.finished = message
             case Checked():
                 story.checked.append(message)
+            case Prepared():
+                story.prepared = True
             case Planned():
                 story.planned = message
             case Failure():
-                story.problem = story.problem or self._complaint(message)
+                story.problem = story.problem or self._complaint(message, sampler)
 
-    def _complaint(self, failure: Failure) -> Problem:
+    def _complaint(self, failure: Failure, sampler: Sampler) -> Problem:
         if failure.kind is Kind.REFUSED:
             return Problem(Status.FAILED, failure.message, refused=True)
-        reason = f"{failure.message} (in phase {self._place})"
-        return Problem(Status(failure.kind), reason, failure.hint, failure.asked_bytes)
+        reason, asked = f"{failure.message} (in phase {self._place})", failure.asked_bytes
+        found = Problem(Status(failure.kind), reason, failure.hint, asked)
+        if found.status is Status.OOM:
+            short = self._shortage(sampler)
+            if not short.explains(asked):
+                return replace(
+                    found,
+                    status=Status.BUSY,
+                    reason=f"{reason}; {self._who_holds(sampler)}",
+                    needed_bytes=short.own + (asked or 0),
+                )
+        return found
+
+    def _shortage(self, sampler: Sampler) -> Shortage:
+        """Who holds the memory that the case runs in, at this moment."""
+        if self._device is None:
+            return self._memory.now(sampler.held)
+        total, own = self._device.used_bytes(), sampler.device_bytes
+        if own is None:
+            own = max(total - (sampler.samples.idle or 0), 0)
+        return Shortage(own, max(total - own, 0), self._device.memory_bytes)
+
+    def _who_holds(self, sampler: Sampler) -> str:
+        if self._device is None:
+            return who_holds((os.getpid(), *sampler.pids))
+        found = [one for one in self._device.processes() if one.pid not in sampler.pids]
+        names = ", ".join(f"{one.name} ({one.pid})" for one in found[:_NAMED])
+        return f"others on the device: {names or 'none that can be seen here'}"
 
     def _tell(self, sampler: Sampler, now: bool) -> None:
         if now:
@@ -219,18 +284,14 @@ class Watch:
         use = samples.phase(so_far, start.ns, samples.source())
         return use.pss_missed_bytes > _PSS_BOUND * use.pss_peak_bytes
 
-    def _judge(self, status: int | None, log: Path) -> Problem | None:
+    def _judge(self, status: int | None, output: Output) -> Problem | None:
         """What an exit status means for a worker that nobody ended and that did not complain."""
         assert status is not None
         if status == 0 and self._is_done():
             return None
-        if status == -signal.SIGKILL and self._memory_was_short():
-            return Problem(
-                Status.OOM,
-                f"the kernel killed the worker when host memory was {self._memory.fullest:.0%} "
-                f"full (in phase {self._place})",
-            )
-        words = last_words(log, self._words_from)
+        if status == -signal.SIGKILL and (found := self._killed_for_memory()):
+            return found
+        words = output.last_words()
         tail = f"; its last words: {words}" if words else ""
         return self._failed(one_line(f"the worker {how_it_ended(status)}{tail}"))
 
@@ -243,18 +304,33 @@ class Watch:
             case Mode.PLAN:
                 return self.story.planned is not None
             case Mode.PREPARE:
-                return True
+                return self.story.prepared
 
-    def _memory_was_short(self) -> bool:
-        killed = self._host.oom_kills() > self._kills_before
-        return killed or self._memory.fullest > _NEARLY_FULL
+    def _killed_for_memory(self) -> Problem | None:
+        by_kernel = self._host.oom_kills() > self._kills_before
+        short = self._memory.shortage
+        reason = (
+            f"the worker was killed when host memory was {self._memory.fullest:.0%} full, "
+            f"{format_bytes(short.own)} by the case (in phase {self._place})"
+        )
+        if (by_kernel or self._memory.fullest > _NEARLY_FULL) and short.is_own:
+            return Problem(Status.OOM, reason, asked_bytes=short.own)
+        if by_kernel:
+            reason = f"{reason}; {who_holds([os.getpid()])}"
+            return Problem(Status.BUSY, reason, None, short.own, needed_bytes=short.own)
+        return None
 
 
-def last_words(log: Path, start: int) -> str:
-    """The last line with ink logged from byte `start` on; a crash's stack is passed over."""
-    with log.open("rb") as file:
-        file.seek(start)
-        text = file.read(_MAX_WORDS).decode(errors="replace")
-    before, crash, _ = text.partition("Fatal Python error: ")
-    lines = [line.strip() for line in (before if crash else text).splitlines() if line.strip()]
-    return lines[-1] if lines else ""
+def require_order(story: Story, message: Message, now_ns: int) -> None:
+    """Raise ValueError for a message that can't follow those before it, or is of the future."""
+    match message:
+        case PhaseStart(name, ns):
+            done = [start.name for start in story.starts]
+            follows = name in PHASES and not set(PHASES[PHASES.index(name) :]) & set(done)
+        case Hold(ns) | Finished(ns=ns):
+            follows = bool(story.starts)
+        case _:
+            return
+    last = story.starts[-1].ns if story.starts else 0
+    if not follows or story.finished is not None or not last <= ns <= now_ns:
+        raise ValueError(f"a worker's message out of order: {message!s:.120}")

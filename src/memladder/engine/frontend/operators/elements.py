@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from memladder.engine.frontend import views
-from memladder.engine.frontend.axes import LayoutError
+from memladder.engine.frontend.axes import LayoutError, broadcast_shapes
 from memladder.engine.frontend.convert import Converter, scalar
 from memladder.engine.frontend.onnx_file import Operator
 from memladder.engine.frontend.operators.operands import (
@@ -64,18 +64,23 @@ def _neg(converter: Converter, operator: Operator, given: Sequence[Any]) -> Resu
 
 
 def _pow(converter: Converter, operator: Operator, given: Sequence[Any]) -> Result:
-    exponent = scalar(as_array(operator, given, 1))
-    if exponent is None:
-        raise LayoutError("an exponent that is not one number")
-    return mapped(converter, "pow", as_value(given[0]), (exponent,))
+    return mapped(converter, "pow", as_value(given[0]), (_number(operator, given, 1),))
 
 
 def _clip(converter: Converter, operator: Operator, given: Sequence[Any]) -> Result:
-    least, most = (
-        (float(given[i].data) if len(given) > i and given[i] is not None else sign * math.inf)
-        for i, sign in ((1, -1), (2, 1))
-    )
+    least, most = -math.inf, math.inf
+    if len(given) > 1 and given[1] is not None:
+        least = _number(operator, given, 1)
+    if len(given) > 2 and given[2] is not None:
+        most = _number(operator, given, 2)
     return mapped(converter, "clip", as_value(given[0]), (least, most))
+
+
+def _number(operator: Operator, given: Sequence[Any], place: int) -> float:
+    number = scalar(as_array(operator, given, place))
+    if number is None:
+        raise LayoutError(f"an input {place} that is not one number")
+    return number
 
 
 def _extreme(function: str) -> Rule:
@@ -86,8 +91,7 @@ def _extreme(function: str) -> Rule:
             raise LayoutError("operands of which one is not a number")
         if isinstance(x, Scores):
             if function == "max" and number <= -1e4:
-                # A floor for masked scores.
-                return x
+                return x.floored(number)
             raise LayoutError("scores that are clipped")
         limits = (number, math.inf) if function == "max" else (-math.inf, number)
         return mapped(converter, "clip", as_value(x), limits)
@@ -165,7 +169,7 @@ def _offset(converter: Converter, node: Node, offset: np.ndarray, number: float 
 
 def both(converter: Converter, function: str, x: Value, other: Value) -> Value:
     """A function of two activations."""
-    shape = np.broadcast_shapes(x.shape, other.shape)
+    shape = broadcast_shapes(x.shape, other.shape)
     x, other = views.refined(broadcast(x, shape), broadcast(other, shape))
     if function == "add" and x.node is other.node:
         return views.add(x, other)
@@ -179,10 +183,16 @@ def _where(converter: Converter, operator: Operator, given: Sequence[Any]) -> Re
     if not isinstance(condition, Array):
         raise LayoutError("a condition that depends on the hidden states")
     kept, x, other = (True, yes, no) if isinstance(no, Array) else (False, no, yes)
-    number = scalar(other) if isinstance(other, Array) else None
-    if not isinstance(x, Scores) or number is None or number > -1e4:
-        raise LayoutError("a choice that masks no scores")
-    return x.plus(np.where(np.asarray(condition.data) == kept, 0.0, -np.inf))
+    chosen = np.asarray(condition.data) == kept
+    if isinstance(x, Scores) and isinstance(other, Array):
+        if broadcast_shapes(x.shape, chosen.shape, other.data.shape) != x.shape:
+            raise LayoutError("scores that are repeated")
+        if chosen.all():
+            return x
+        number = scalar(other)
+        if number is not None and number <= -1e4:
+            return x.plus(np.where(chosen, 0.0, number))
+    raise LayoutError("a choice that masks no scores")
 
 
 TABLE: Mapping[str, Rule] = {

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from memladder.engine.frontend import views
-from memladder.engine.frontend.axes import LayoutError
+from memladder.engine.frontend.axes import LayoutError, broadcast_shapes
 from memladder.engine.frontend.convert import Converter, Operand
 from memladder.engine.frontend.onnx_file import Operator
 from memladder.engine.frontend.scores import Scores
@@ -38,6 +38,20 @@ def integers(operator: Operator, given: Sequence[Any], number: int) -> list[int]
     return [int(n) for n in np.atleast_1d(as_array(operator, given, number).data)]
 
 
+def reduced(operator: Operator, given: Sequence[Any], rank: int) -> set[int] | None:
+    """Axes that an operator reduces, by input or attribute; all where none are named, and None
+    where that is to mean that nothing is done."""
+    if len(given) > 1 and given[1] is not None:
+        axes = integers(operator, given, 1)
+    else:
+        axes = list(operator.attributes.get("axes", ()))
+    if not axes and operator.attributes.get("noop_with_empty_axes", 0):
+        return None
+    if any(not -rank <= axis < rank for axis in axes):
+        raise LayoutError(f"axes {axes} of {rank}")
+    return {axis % rank for axis in axes} or set(range(rank))
+
+
 def constant_last(given: Sequence[Any]) -> tuple[Any, Any]:
     """A constant second."""
     one, other = given[:2]
@@ -45,5 +59,5 @@ def constant_last(given: Sequence[Any]) -> tuple[Any, Any]:
 
 
 def broadcast(x: Value, shape: Sequence[int]) -> Value:
-    wanted = np.broadcast_shapes(x.shape, tuple(shape))
+    wanted = broadcast_shapes(x.shape, shape)
     return x if wanted == x.shape else views.expand(x, wanted)

@@ -11,11 +11,11 @@ import numpy as np
 
 from memladder.core.errors import GraphError
 from memladder.engine.frontend import scores, views
-from memladder.engine.frontend.axes import Axis, LayoutError
+from memladder.engine.frontend.axes import LayoutError
 from memladder.engine.frontend.convert import Converter
 from memladder.engine.frontend.onnx_file import Operator
 from memladder.engine.frontend.operators.elements import both, plus
-from memladder.engine.frontend.operators.operands import Result, Rule, as_array, as_value, integers
+from memladder.engine.frontend.operators.operands import Result, Rule, as_array, as_value, reduced
 from memladder.engine.frontend.scores import Scores
 from memladder.engine.frontend.views import Value
 from memladder.engine.graph.nodes import Array, Linear, Mean, Norm, Weight
@@ -59,7 +59,8 @@ def _linear(converter: Converter, x: Any, weight: Array, alpha: float) -> Value:
     if weight.data.dtype.kind not in "fV":
         raise GraphError(f"unsupported type {weight.data.dtype} of weight {weight.name!r}")
     rows, columns = weight.data.shape
-    if x.shape[-1] != columns or any(isinstance(f, int) for axis in x.axes[:-1] for f in axis):
+    mixed = any(isinstance(f, int) for axis in x.axes[:-1] for f in axis if f != 1)
+    if x.shape[-1:] != (columns,) or mixed or any(isinstance(f, str) for f in x.axes[-1]):
         raise LayoutError("a product that is no linear layer of each token")
     made = Weight(_interned(converter, weight), np.arange(rows), alpha)
     node = converter.nodes(Linear(rows, weight.name, converter.flat(x), made))
@@ -95,29 +96,52 @@ def _norm(kind: str) -> Rule:
     return rule
 
 
-def _by_column(x: Value, array: Array) -> np.ndarray:
+def _by_column(x: Value, array: Any) -> np.ndarray:
+    if not isinstance(array, Array):
+        raise LayoutError("a norm whose weight or bias depends on the hidden states")
     numbers = views.table(x, np.asarray(array.data, np.float32))
+    if (numbers != numbers[:1]).any():
+        raise LayoutError("a norm whose weight or bias differs between tokens")
     return np.ascontiguousarray(np.broadcast_to(numbers[0], x.columns)).reshape(-1)
 
 
 def _mean(converter: Converter, operator: Operator, given: Sequence[Any]) -> Result:
     x = as_value(given[0]).merged()
-    axes = integers(operator, given, 1) if len(given) > 1 and given[1] else [-1]
-    rank = len(x.axes)
-    if [axis % rank for axis in axes] != [rank - 1] or isinstance(x.axes[-1][0], str):
-        raise LayoutError("a mean of something else than columns")
-    node, group = converter.flat(x), x.shape[-1]
+    axes = reduced(operator, given, len(x.axes))
+    if axes is None:
+        return x
+    # Axes of size 1 are their own mean.
+    means = [axis for axis in sorted(axes) if x.shape[axis] > 1]
+    after = [axis for axis in range(min(means, default=0), len(x.axes)) if x.shape[axis] > 1]
+    if means != (after if means else []) or any(
+        isinstance(f, str) for axis in means for f in x.axes[axis]
+    ):
+        raise LayoutError("a mean of something else than columns, the last axes")
+    node, group = converter.flat(x), math.prod(x.shape[axis] for axis in means)
     made = converter.nodes(Mean(node.columns // group, operator.name, node, group))
-    keep: tuple[Axis, ...] = ((),) if operator.attributes.get("keepdims", 1) else ()
-    return converter.whole(made, (*x.axes[:-1], *keep))
+    keep = bool(operator.attributes.get("keepdims", 1))
+    left = [() if i in means else axis for i, axis in enumerate(x.axes) if keep or i not in axes]
+    return converter.whole(made, tuple(left))
+
+
+def _sum(converter: Converter, operator: Operator, given: Sequence[Any]) -> Result:
+    found = _mean(converter, operator, given)
+    assert isinstance(found, Value)
+    before, after = (math.prod(x.shape) for x in (as_value(given[0]), found))
+    return views.scaled(found, before // after)
 
 
 def _softmax(converter: Converter, operator: Operator, given: Sequence[Any]) -> Result:
     if not isinstance(given[0], Scores):
         raise LayoutError("a softmax of something else than attention's scores")
-    if operator.attributes.get("axis", -1) not in (-1, len(given[0].axes) - 1):
-        raise LayoutError("a softmax over queries")
-    return replace(given[0], softmaxed=True)
+    return given[0].normalised(operator.attributes.get("axis", -1))
+
+
+def _is_nan(converter: Converter, operator: Operator, given: Sequence[Any]) -> Result:
+    """A guard of rows that see no key: masks that hide a token from itself are refused."""
+    if not isinstance(given[0], Scores) or not given[0].softmaxed:
+        raise LayoutError("a check of something else than attention's probabilities")
+    return Array(operator.name, np.zeros((1,) * len(given[0].axes), bool))
 
 
 def _rotary(converter: Converter, operator: Operator, given: Sequence[Any]) -> Result:
@@ -127,8 +151,7 @@ def _rotary(converter: Converter, operator: Operator, given: Sequence[Any]) -> R
     if len(given) > 3 and given[3] is not None:
         cos, sin = (part[as_array(operator, given, 3).data] for part in (cos, sin))
     if len(shape) == 3:
-        heads = attributes["num_heads"]
-        x = views.reshape(x, (*shape[:2], heads, shape[2] // heads))
+        x = _split(x, attributes.get("num_heads", 0))
         cos, sin = cos[:, :, np.newaxis], sin[:, :, np.newaxis]
     else:
         cos, sin = cos[:, np.newaxis], sin[:, np.newaxis]
@@ -150,15 +173,30 @@ def _rotary(converter: Converter, operator: Operator, given: Sequence[Any]) -> R
     return views.reshape(found, shape)
 
 
+# What other attributes say does not change the output, or not what is known of it.
+_ATTENTION = frozenset(
+    (
+        *("q_num_heads", "kv_num_heads", "scale", "softcap", "is_causal"),
+        *("softmax_precision", "qk_matmul_output_mode"),
+    )
+)
+
+
 def _attention(converter: Converter, operator: Operator, given: Sequence[Any]) -> Result:
     attributes = operator.attributes
+    unknown = sorted(attributes.keys() - _ATTENTION)
+    if unknown:
+        raise LayoutError(f"an attention with {unknown[0]}")
     query, key, value = (as_value(operand) for operand in given[:3])
     if len(given) > 4 and any(operand is not None for operand in given[4:]):
         raise LayoutError("keys and values of earlier tokens")
     flat = len(query.shape) == 3
     if flat:
-        query = _heads(query, attributes["q_num_heads"])
-        key, value = (_heads(x, attributes["kv_num_heads"]) for x in (key, value))
+        query = _heads(query, attributes.get("q_num_heads", 0))
+        key, value = (_heads(x, attributes.get("kv_num_heads", 0)) for x in (key, value))
+    if len(query.shape) != 4 or len(key.shape) != 4 or len(value.shape) != 4:
+        raise LayoutError(f"queries, keys and values of {query.shape}, {key.shape}, {value.shape}")
+    key, value = (_repeated(x, query.shape[1]) for x in (key, value))
     made = scores.begin(query, key)
     scale = attributes.get("scale") or 1 / math.sqrt(query.shape[-1])
     made = made.scaled(scale)
@@ -177,8 +215,24 @@ def _attention(converter: Converter, operator: Operator, given: Sequence[Any]) -
 
 
 def _heads(x: Value, heads: int) -> Value:
-    batch, seq_len, width = x.shape
-    return views.transpose(views.reshape(x, (batch, seq_len, heads, width // heads)), (0, 2, 1, 3))
+    return views.transpose(_split(x, heads), (0, 2, 1, 3))
+
+
+def _repeated(x: Value, heads: int) -> Value:
+    """[batch_size, kv_heads, seq_len, head_dim]: each of its heads for as many of the queries'."""
+    batch_size, kv_heads, *rest = x.shape
+    if heads % kv_heads:
+        raise LayoutError(f"{heads} heads of queries, {kv_heads} of keys or values")
+    x = views.reshape(x, (batch_size, kv_heads, 1, *rest))
+    x = views.expand(x, (batch_size, kv_heads, heads // kv_heads, *rest))
+    return views.reshape(x, (batch_size, heads, *rest))
+
+
+def _split(x: Value, heads: int) -> Value:
+    """[batch_size, seq_len, heads · head_dim] by heads."""
+    if len(x.shape) != 3 or heads < 1 or x.shape[2] % heads:
+        raise LayoutError(f"{heads} heads of activations of shape {x.shape}")
+    return views.reshape(x, (*x.shape[:2], heads, x.shape[2] // heads))
 
 
 TABLE: Mapping[str, Rule] = {
@@ -187,6 +241,8 @@ TABLE: Mapping[str, Rule] = {
     "RMSNormalization": _norm("rms"),
     "LayerNormalization": _norm("layer"),
     "ReduceMean": _mean,
+    "ReduceSum": _sum,
+    "IsNaN": _is_nan,
     "Softmax": _softmax,
     "RotaryEmbedding": _rotary,
     "Attention": _attention,

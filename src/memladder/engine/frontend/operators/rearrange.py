@@ -11,7 +11,7 @@ import numpy as np
 
 from memladder.core.errors import GraphError
 from memladder.engine.frontend import views
-from memladder.engine.frontend.axes import LayoutError
+from memladder.engine.frontend.axes import LayoutError, broadcast_shapes
 from memladder.engine.frontend.convert import Converter
 from memladder.engine.frontend.onnx_file import Operator
 from memladder.engine.frontend.operators.operands import Result, Rule, as_array, as_value, integers
@@ -68,7 +68,7 @@ def _reshaped(x: Any, shape: Sequence[int]) -> Result:
 
 
 def _expand(converter: Converter, operator: Operator, given: Sequence[Any]) -> Result:
-    shape = np.broadcast_shapes(given[0].shape, tuple(integers(operator, given, 1)))
+    shape = broadcast_shapes(given[0].shape, integers(operator, given, 1))
     if isinstance(given[0], Scores):
         return given[0].reshaped(shape)
     return views.expand(given[0], shape)
