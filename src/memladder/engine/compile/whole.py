@@ -9,7 +9,7 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from memladder import formats
+from memladder import formats, models
 from memladder.core.errors import FormatError, UsageError
 from memladder.core.files import writable_folder
 from memladder.engine.compile import layers
@@ -116,7 +116,8 @@ class _Work:
                 judge=True,
                 progress=lambda done, _: tell(done),
             )
-        return _packed(path, form.contents, reports, None)
+        window = models.cache_geometry(layer.config).window
+        return _packed(path, form.contents, reports, window)
 
     def pack_rest(self, out: Path, tell: Callable[[int], None]) -> Packed:
         """The file of all else."""

@@ -18,7 +18,8 @@ from typing import Any
 from memladder import models
 from memladder.core.errors import ConfigError, FormatError, UsageError
 from memladder.engine.packed import packed_layer, packing
-from memladder.models import LayerConfig, fields
+from memladder.models import LayerConfig, catalogue, fields
+from memladder.models.cache import default_dir
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -100,26 +101,58 @@ class Outside:
 
 
 def open_all(folder: Path) -> Checkpoint:
-    """The checkpoint in `folder`, all of its layers. Raises as `open_layer` does."""
-    first = open_layer(folder, 0)
+    """The checkpoint in `folder`, of any family that transformers builds, and all of its layers.
+
+    Raises as `open_layer` does.
+    """
     try:
+        if not folder.is_dir():
+            raise UsageError(f"{folder}: no such folder; a local checkpoint is wanted")
+        if not (folder / "config.json").is_file():
+            raise ConfigError(f"{folder}: no config.json there, so it is no checkpoint")
         raw, tensors = _json(folder / "config.json"), _tensors(folder)
-        _, count = _described(folder / "config.json")
-        layers = [first]
-        for number in range(1, count):
-            places = _layer(first.config, number, folder, tensors)
-            _check(first.config, places)
-            layers.append(CheckpointLayer(first.config, number, places))
-        family = models.definition(first.config.model)
-        beyond = tuple(text.format(count) for text in family.LAYER_PREFIXES)
-        for name in tensors:
-            if name.startswith(beyond):
-                raise FormatError(
-                    f"{folder}: tensor {name[:80]!r}; by config.json there are {count} layers"
-                )
+        model = catalogue.read(folder / "config.json", default_dir())
+        if model.quantization is not None:
+            raise ConfigError(
+                f"{folder}: quantised by {model.quantization!r} already; give the one it is made of"
+            )
+        layers = []
+        for number in range(model.layer_count):
+            config = model.layer(number)
+            places = _found(config, number, folder, tensors)
+            _check(config, places)
+            layers.append(CheckpointLayer(config, number, places))
+        beyond = _prefixes(model.layer(0), model.layer_count, tensors)
+        if beyond:
+            raise FormatError(
+                f"{folder}: tensors of {beyond[0][:80]!r}; by config.json there are "
+                f"{model.layer_count} layers"
+            )
     except OSError as error:
         raise FormatError(f"{folder}: {error.strerror or error}") from None
     return Checkpoint(folder, raw, tuple(layers), tensors)
+
+
+def _found(
+    config: LayerConfig, number: int, folder: Path, tensors: Places
+) -> dict[str, tuple[Path, str]]:
+    """File and name there of each of the layer's tensors: all that begin alike."""
+    prefixes = _prefixes(config, number, tensors)
+    if len(prefixes) != 1:
+        told = f": {', '.join(prefixes)[:200]}" if prefixes else ""
+        raise FormatError(f"{folder}: layer {number} is there {len(prefixes)} times{told}")
+    return _named_by(prefixes[0], config, folder, tensors)
+
+
+def _prefixes(config: LayerConfig, number: int, tensors: Places) -> list[str]:
+    """With what the names of a layer's tensors may begin, by any of the layer's own names."""
+    wanted = models.tensor_shapes(config)
+    found = set()
+    for name in tensors:
+        before, mark, inner = f".{name}".partition(f".{number}.")
+        if mark and inner in wanted:
+            found.add(f"{before}{mark}"[1:])
+    return sorted(found)
 
 
 def open_layer(folder: Path, number: int) -> CheckpointLayer:
@@ -200,6 +233,12 @@ def _layer(
         raise FormatError(
             f"{folder}: no tensor of layer {number}: none begins with {' or '.join(prefixes)}"
         )
+    return _named_by(prefix, config, folder, tensors)
+
+
+def _named_by(
+    prefix: str, config: LayerConfig, folder: Path, tensors: Places
+) -> dict[str, tuple[Path, str]]:
     wanted = models.tensor_shapes(config)
     for name in wanted:
         if prefix + name not in tensors:
