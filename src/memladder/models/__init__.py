@@ -65,6 +65,7 @@ _NOT_MODELS = {
     "gguf_export",
     "gguf_import",
     "layer",
+    "norms",
     "onnx_export",
     "onnx_rules",
     "reference",

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from memladder.core.errors import ConfigError
+from memladder.models import norms
+from memladder.models.norms import Kind
 
 _VOCABULARY = 97
 _TOKENS = 7
@@ -69,9 +71,9 @@ class Ends:
     @property
     def tensors(self) -> tuple[str, ...]:
         """All that is read of a checkpoint, each once."""
-        norms = [norm for norm in (self.embedding_norm, self.final_norm) if norm is not None]
+        own = [norm for norm in (self.embedding_norm, self.final_norm) if norm is not None]
         names = [self.embedding, self.positions, self.head, self.head_bias]
-        names += [name for norm in norms for name in (norm.weight, norm.bias)]
+        names += [name for norm in own for name in (norm.weight, norm.bias)]
         return tuple(dict.fromkeys(name for name in names if name is not None))
 
 
@@ -131,9 +133,9 @@ def _found(raw: Mapping[str, Any]) -> Ends:
     assert states is not None
     ends = _described(model, raw, calls[:cut], calls[cut + 1 :], ids, logits)
     weights = dict(model.named_parameters())
-    if not _agrees(embedded(ends, weights.__getitem__, ids), states):
+    if not norms.agree(embedded(ends, weights.__getitem__, ids), states):
         raise ConfigError("its embeddings are changed in an unknown way")
-    if not _agrees(headed(ends, weights.__getitem__, states), logits):
+    if not norms.agree(headed(ends, weights.__getitem__, states), logits):
         raise ConfigError("its logits are changed in an unknown way")
     return replace(ends, vocabulary=size)
 
@@ -201,10 +203,10 @@ def _described(
     table, head = model.get_input_embeddings(), model.get_output_embeddings()
     tables = [call for call in before if isinstance(call.module, nn.Embedding)]
     others = [call for call in before if call not in tables]
-    norms = [call for call in after if call.module is not head]
-    if not tables or tables[0].module is not table or len(after) != len(norms) + 1:
+    ending = [call for call in after if call.module is not head]
+    if not tables or tables[0].module is not table or len(after) != len(ending) + 1:
         raise ConfigError("it has no embeddings and head of the common kind")
-    for group, most in ((tables, 2), (others, 1), (norms, 1)):
+    for group, most in ((tables, 2), (others, 1), (ending, 1)):
         for call in group[most:]:
             raise ConfigError(f"it has a {type(call.module).__name__} outside its layers")
     entered = others[0].given if others else after[0].given
@@ -220,7 +222,7 @@ def _described(
         positions=None if learned is None else names[id(learned.module.get_parameter("weight"))],
         offset=0 if learned is None else _offset(learned),
         embedding_norm=_norm(others[0], names) if others else None,
-        final_norm=_norm(norms[0], names) if norms else None,
+        final_norm=_norm(ending[0], names) if ending else None,
         head=names[id(head.weight)],
         head_bias=None if head.bias is None else names[id(head.bias)],
         **_cap(raw, after[-1].found, logits),
@@ -242,25 +244,12 @@ def _offset(call: _Call) -> int:
 
 
 def _norm(call: _Call, names: Mapping[int, str]) -> Norm:
-    """By what it gives for what it took."""
-    module, called = call.module, type(call.module).__name__
-    eps = next((getattr(module, name) for name in _EPS if hasattr(module, name)), None)
-    if not isinstance(eps, float | int) or call.given is None:
-        raise ConfigError(f"its {called} has no eps that is known by name")
-    found = dict(module.named_parameters())
-    weight, bias = found.pop("weight", None), found.pop("bias", None)
-    for name in found:
-        raise ConfigError(f"its {called} has a parameter {name}, which no norm has")
-    for kind in ("rms", "layer"):
-        for shift in (0.0, 1.0):
-            computed = normed(call.given, kind, float(eps), weight, bias, shift)
-            if _agrees(computed, call.found):
-                own = [None if p is None else names[id(p)] for p in (weight, bias)]
-                return Norm(kind, float(eps), own[0], own[1], shift if own[0] else 0.0)
-    raise ConfigError(f"its {called} is no norm that is known")
-
-
-_EPS = ("eps", "variance_epsilon", "norm_eps", "epsilon")
+    found = None if call.given is None else norms.known(call.module, call.given, call.found)
+    if found is None:
+        raise ConfigError(f"its {type(call.module).__name__} is no norm that is known")
+    own = dict(call.module.named_parameters())
+    weight, bias = (names[id(own[one])] if one in own else None for one in ("weight", "bias"))
+    return Norm(found.kind, found.eps, weight, bias, found.shift)
 
 
 def _cap(raw: Mapping[str, Any], found: Tensor, logits: Tensor) -> dict[str, float]:
@@ -268,25 +257,6 @@ def _cap(raw: Mapping[str, Any], found: Tensor, logits: Tensor) -> dict[str, flo
     softcap = raw.get("final_logit_softcapping") or 0.0
     factor = _ratio(logits, found) if not softcap else 1.0
     return {"logit_factor": factor, "softcap": float(softcap)}
-
-
-def _agrees(found: Tensor, expected: Tensor) -> bool:
-    if found.shape != expected.shape:
-        return False
-    error = torch.linalg.vector_norm(found.double() - expected.double())
-    return bool(error <= _CLOSE * torch.linalg.vector_norm(expected.double()))
-
-
-def normed(
-    x: Tensor, kind: str, eps: float, weight: Tensor | None, bias: Tensor | None, shift: float = 0.0
-) -> Tensor:
-    """A norm over the last dimension, in float32."""
-    x = x.float()
-    if kind == "layer":
-        x = x - x.mean(dim=-1, keepdim=True)
-    x = x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + eps)
-    x = x if weight is None else x * (weight.float() + shift)
-    return x if bias is None else x + bias.float()
 
 
 def embedded(ends: Ends, tensor: Callable[[str], Tensor], ids: Tensor) -> Tensor:
@@ -311,7 +281,7 @@ def _named_norm(norm: Norm | None, tensor: Callable[[str], Tensor], states: Tens
     if norm is None:
         return states
     weight, bias = (None if name is None else tensor(name) for name in (norm.weight, norm.bias))
-    return normed(states, norm.kind, norm.eps, weight, bias, norm.shift)
+    return norms.normed(states, Kind(norm.kind, norm.eps, norm.shift), weight, bias)
 
 
 # Said of a whole model or of its weights; these build none of what is looked at here.

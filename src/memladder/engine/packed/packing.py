@@ -235,7 +235,7 @@ def _read(rows: Rows, source: Source, start: int, stop: int) -> Tensor:
         raise FormatError(f"{source.tensor} has too few rows: {stop} are wanted")
     if not values.isfinite().all():
         raise FormatError(f"{source.tensor} holds NaN or infinity in rows {start} to {stop - 1}")
-    return values
+    return source.applied(values)
 
 
 def _quantised(kind: Format, values: Tensor, name: str) -> Quantised:
