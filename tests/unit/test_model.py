@@ -170,8 +170,8 @@ def test_formats(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Against the model of the dequantised weights; where activations are rounded, against one
-    that rounds them too. Rounding to 8 bits is a step function: where inputs differ by a rounding of
-    float16, as those of the second layer do, two right layers differ by up to 1.2e-2 (docs)."""
+    that rounds them too. Rounding to 8 bits is a step function: where inputs differ by a
+    rounding of float16, as the second layer's do, two right layers differ by 1.2e-2 (docs)."""
     monkeypatch.setenv("MEMLADDER_CACHE", str(cache_dir))
     module, source, _ = made("llama", tie_word_embeddings=True)
     folder = whole_models.packed(source, tmp_path / "packed", form, head_format=head)

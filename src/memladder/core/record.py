@@ -47,11 +47,12 @@ class Source(StrEnum):
 
 @dataclass(frozen=True)
 class Machine:
-    """Where a case ran. `device` is the GPU's name, or the processor's for the CPU."""
+    """Where a case ran. `device` is the GPU's name, or the processor's for the CPU; its memory is
+    None where the driver does not tell it."""
 
     device: str
     # Virtual machines exist that grow as memory is used: sizes say nothing of which machine it is.
-    device_memory_bytes: int = field(compare=False)
+    device_memory_bytes: int | None = field(compare=False)
     driver: str | None
     cuda: str | None
     cpu: str

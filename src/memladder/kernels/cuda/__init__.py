@@ -4,6 +4,8 @@ They run on NVIDIA GPUs, and on the CPU under Triton's interpreter.
 """
 
 from memladder.kernels.cuda.attention import attention
+from memladder.kernels.cuda.cached import advance, cache_append, rotary_at
+from memladder.kernels.cuda.cached_attention import cached_attention
 from memladder.kernels.cuda.ends import (
     add_positions,
     cap_logits,
@@ -20,7 +22,10 @@ from memladder.kernels.cuda.window import windowed_attention
 __all__ = [
     "INTERPRETED",
     "add_positions",
+    "advance",
     "attention",
+    "cache_append",
+    "cached_attention",
     "cap_logits",
     "choose_largest",
     "embed",
@@ -36,6 +41,7 @@ __all__ = [
     "rms_norm",
     "rms_norm_heads",
     "rotary",
+    "rotary_at",
     "use_workspace",
     "windowed_attention",
     "workspace_bytes",

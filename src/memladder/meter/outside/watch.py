@@ -242,12 +242,14 @@ class Watch:
 
     def _shortage(self, sampler: Sampler) -> Shortage:
         """Who holds the memory that the case runs in, at this moment."""
-        if self._device is None:
+        limit = self._device.memory_bytes if self._device else None
+        if self._device is None or limit is None:
+            # A GPU whose memory is not told shares the host's.
             return self._memory.now(sampler.held)
         total, own = self._device.used_bytes(), sampler.device_bytes
         if own is None:
             own = max(total - (sampler.samples.idle or 0), 0)
-        return Shortage(own, max(total - own, 0), self._device.memory_bytes)
+        return Shortage(own, max(total - own, 0), limit)
 
     def _who_holds(self, sampler: Sampler) -> str:
         if self._device is None:
