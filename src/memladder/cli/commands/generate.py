@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from memladder.engine.run.tokenizer import Tokenizer
 
 
+_TOKENS = 256
+
+
 def generate(
     folder: Annotated[
         Path, typer.Argument(metavar="DIR", help="What `quantize --all` has written.")
@@ -38,7 +41,10 @@ def generate(
     plain: Annotated[
         bool, typer.Option("--plain", help="The prompt as it is, without the chat template.")
     ] = False,
-    max_new_tokens: Annotated[int, typer.Option(metavar="N", min=1)] = 256,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="Default: 256, or what the context has room for."),
+    ] = None,
     temperature: Annotated[
         float, typer.Option(metavar="T", help="0 takes the most probable token.")
     ] = 0.0,
@@ -106,7 +112,7 @@ class _Run:
     """A model with how it is to answer, and how long it took."""
 
     model: RunnableModel
-    count: int
+    count: int | None
     temperature: float
     top_p: float
     seed: int
@@ -122,11 +128,14 @@ class _Run:
         known = len(self.held)
         keep = 0 < known < len(ids) and list(ids[:known]) == self.held
         began = time.monotonic()
+        # The last token need not be in the cache.
+        room = max(1, self.model.limits.context - len(ids) + 1)
+        count = min(_TOKENS, room) if self.count is None else self.count
         self.held = list(ids)
         self.prompt_tokens += len(ids) - (known if keep else 0)
         steps = self.model.stream(
             [ids[known:] if keep else ids],
-            self.count,
+            count,
             temperature=self.temperature,
             top_p=self.top_p,
             seed=self.seed,

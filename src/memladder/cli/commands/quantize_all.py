@@ -53,7 +53,7 @@ def _telling() -> Iterator[Tell]:
                 task, description=what, completed=done, total=total
             )
         return
-    began, at_first, last = time.monotonic(), -1, -_EVERY_S
+    began, at_first, last = time.monotonic(), -1, 0.0
 
     def tell(what: str, done: int, total: int) -> None:
         nonlocal at_first, last

@@ -176,8 +176,8 @@ class RunnableModel:
         Greedy with temperature 0, else drawn as `Sampler` says. The last tokens are not in the
         cache. Raises UsageError where the context does not hold all tokens that there may be.
         """
-        self._check(token_ids, keep, max_new_tokens)
         sampler = Sampler(temperature, top_p, seed, len(token_ids))
+        self._check(token_ids, keep, max_new_tokens)
         return self._streamed(token_ids, max_new_tokens, sampler, frozenset(stop), keep)
 
     def close(self) -> None:
