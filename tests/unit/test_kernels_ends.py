@@ -82,11 +82,13 @@ def test_choose_largest(kernels: object, columns: int) -> None:
     logits[1, 2] = logits[1, columns - 1] = 99.0
     logits[2] = -torch.inf
     logits[2, 3] = -1e30
+    first = [int((row == row.max()).nonzero()[0]) for row in logits]
+    assert first[1:3] == [2, 3]
+    # No id is right for a row with NaN, however large others are.
+    logits[3, columns // 2] = torch.nan
     found = torch.full((4, 1), -1, dtype=torch.int32)
     run(kernels.choose_largest, logits, found)  # type: ignore[attr-defined]
-    first = [int((row == row.max()).nonzero()[0]) for row in logits]
-    assert found.flatten().tolist() == first
-    assert first[1:3] == [2, 3]
+    assert found.flatten().tolist() == [*first[:3], columns]
 
 
 @pytest.mark.parametrize("rows", [1, 5, 70])

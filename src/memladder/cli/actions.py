@@ -5,19 +5,21 @@ stdout carries results only; progress, warnings and hints go to stderr.
 
 from __future__ import annotations
 
-import os
 import re
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from memladder import frameworks, models
+from memladder.cli.console import plain_console
+from memladder.cli.ending import say
+from memladder.cli.terminal import telling
 from memladder.core.case import Case, Workload
 from memladder.core.errors import UnavailableError, UsageError
 from memladder.core.files import writable_folder, write_atomic
@@ -29,6 +31,7 @@ from memladder.meter.outside import runner
 from memladder.models import LayerConfig
 from memladder.models.cache import default_dir
 from memladder.paper import rows
+from memladder.reports import printing
 from memladder.sweeps import cases as sweep_cases
 from memladder.sweeps import store
 from memladder.sweeps.executors import serial
@@ -36,7 +39,6 @@ from memladder.sweeps.executors import serial
 if TYPE_CHECKING:
     from memladder.engine.packed.packing import Progress
 
-_WIDTH = 120
 # Ended as the protocol foresees; anything else is a failure of the run.
 _GOOD = (Status.MEASURED, Status.PLANNED, Status.OOM)
 
@@ -100,17 +102,6 @@ class Request:
             fresh=self.fresh,
             retry=sweep_cases.parse_statuses(self.retry),
         )
-
-
-def plain_console(stderr: bool = False) -> Console:
-    """A console that prints text as it is: `memladder[pytorch]` is no markup.
-
-    Where nobody's terminal sets the width, tables have room for their numbers.
-    """
-    found = Console(stderr=stderr, markup=False, highlight=False)
-    if not found.is_terminal and "COLUMNS" not in os.environ:
-        found.width = max(found.width, _WIDTH)
-    return found
 
 
 def draw_published(output_dir: Path) -> None:
@@ -249,15 +240,14 @@ def _measure_one(job: Job, options: serial.SweepOptions, kept: store.Store) -> R
     name = job.case.framework
     if name not in frameworks.names():
         return runner.unavailable(job.case, sweep_cases.availability(name, job.case.device))
-    console = plain_console(stderr=True)
-    with console.status("starting") as status:
+    with telling(job.case.id, plain_console(stderr=True)) as tell:
         return runner.measure(
             job,
             frameworks.get(name),
             repeats=options.repeats,
             limits=options.limits,
             log_path=kept.log_path(kept.name(job.case)),
-            on_event=lambda event: status.update(f"{job.case.id}: {event}"),
+            on_event=tell,
         )
 
 
@@ -270,7 +260,8 @@ def _explain(record: Record, path: Path) -> None:
         lines = [f"{record.status}: {record.reason}; record: {path}"]
     if record.hint:
         lines.append(f"to get it: {record.hint}")
-    print("\n".join(lines), file=sys.stderr)
+    for line in lines:
+        say(line)
 
 
 def sweep(request: Request) -> int:
@@ -305,7 +296,7 @@ def sweep(request: Request) -> int:
             request.results, list(outcome.records), list(outcome.verifications)
         )
         for line in told:
-            print(f"warning: {line}", file=sys.stderr)
+            say(f"warning: {line}")
     _draw(records, outcome.verifications, request.output_dir)
     return 0 if outcome.succeeded else 1
 
@@ -338,14 +329,13 @@ def verify(request: Request) -> int:
         raise UsageError(f"none of the frameworks {', '.join(names)} can run on {device} here")
     options = request.options()
     kept = store.Store(request.log)
-    table = Table(
-        *("framework", "model", "shape", "tokens", "error", "tolerance", "agrees", "SQNR, dB")
-    )
+    table = Table("framework", "model")
+    printing.add_numbers(table, "shape", "tokens", "error", "tolerance", "agrees", "SQNR, dB")
     structure = Table("framework", "model", "shape", "agrees", "held, as the output can't be read")
     agree = True
     with kept.locked():
         for name in runnable:
-            with console.status(f"checking {name}"):
+            with telling(name, console) as tell:
                 verification = runner.verify(
                     name,
                     frameworks.get(name),
@@ -353,6 +343,7 @@ def verify(request: Request) -> int:
                     cache_dir=options.cache_dir,
                     limits=options.limits,
                     log_path=kept.log_path(f"verification_{name}"),
+                    on_event=tell,
                 )
             kept.save(verification)
             agree = agree and verification.agrees
@@ -373,7 +364,7 @@ def verify(request: Request) -> int:
     for one in (table, structure):
         one.columns[0].no_wrap = True
         if one.row_count:
-            plain_console().print(one)
+            printing.print_table(plain_console(), one)
     return 0 if agree else 1
 
 
@@ -425,10 +416,16 @@ def _tell_cut(key: str, cut: str, shipped_s: float, best_s: float) -> None:
 def show_frameworks(device: str) -> None:
     """Print what can run on the device here, and what is missing for the rest."""
     resolved = environment.resolve_device(device)
-    table = Table()
-    table.add_column("key", no_wrap=True)
-    for column in ("system", f"on {resolved}", "version", "why not", "to get it"):
-        table.add_column(column, overflow="fold")
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for column, is_firm in (
+        ("key", True),
+        ("system", False),
+        (f"on {resolved}", True),
+        ("version", True),
+        ("why not", False),
+        ("to get it", False),
+    ):
+        table.add_column(column, overflow="fold", no_wrap=is_firm)
     for name in sweep_cases.parse_frameworks("all", first=rows.SYSTEMS):
         found = sweep_cases.availability(name, resolved)
         table.add_row(
@@ -439,7 +436,7 @@ def show_frameworks(device: str) -> None:
             found.reason or "",
             found.install or "",
         )
-    plain_console().print(table)
+    printing.print_table(plain_console(), table)
 
 
 def show_record(path: Path) -> None:
@@ -486,7 +483,7 @@ def doctor() -> int:
     for finding in found:
         style = None if finding.good else "yellow"
         table.add_row(finding.subject, finding.text, finding.fix or "", style=style)
-    plain_console().print(table)
+    printing.print_table(plain_console(), table)
     return 0 if all(finding.good for finding in found) else 1
 
 
@@ -496,7 +493,8 @@ def calibrate(device: str, output_dir: Path) -> int:
 
     resolved = environment.resolve_device(device)
     kept = store.Store(output_dir / "log")
-    table = Table("device", "allocated", "read", "difference", "bound", "holds")
+    table = Table("device")
+    printing.add_numbers(table, "allocated", "read", "difference", "bound", "holds")
     holds = True
     with kept.locked():
         for reading in calibration.calibrate(resolved, kept.log_path("calibration")):
@@ -509,14 +507,14 @@ def calibrate(device: str, output_dir: Path) -> int:
                 format_bytes(reading.bound_bytes),
                 "yes" if reading.holds else "NO",
             )
-    plain_console().print(table)
+    printing.print_table(plain_console(), table)
     return 0 if holds else 1
 
 
 def _read_store(path: Path) -> store.Contents:
     contents = store.read(path)
     for line in contents.complaints():
-        print(f"warning: {line}; left out", file=sys.stderr)
+        say(f"warning: {line}; left out")
     return contents
 
 

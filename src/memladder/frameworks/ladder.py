@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from memladder import formats
 from memladder.core.case import Case
 from memladder.core.devices import compute_capability
+from memladder.core.files import own_folder
 from memladder.frameworks.base import Availability, Framework, Job, Session, Setting
 from memladder.frameworks.torch_common import (
     cuda_build,
@@ -152,7 +153,7 @@ class _Session(Session):
         super().__init__(job, announce)
         self._on_cuda = job.case.device != "cpu"
         # Compiled kernels go where all made files go, unless the user has said otherwise.
-        os.environ.setdefault("TRITON_CACHE_DIR", str(job.cache_dir / "triton"))
+        os.environ.setdefault("TRITON_CACHE_DIR", str(own_folder(job.cache_dir / "triton")))
         import torch
 
         from memladder.engine.compile import layers

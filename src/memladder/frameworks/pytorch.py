@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from memladder.core.case import Case
+from memladder.core.files import own_folder
 from memladder.frameworks.base import Availability, Framework, Job, Session, Setting
 from memladder.frameworks.torch_common import cuda_build, memory_errors
 from memladder.models import weights
@@ -96,8 +97,9 @@ class InductorSession(Session):
     def __init__(self, job: Job, announce: Callable[[str], None]) -> None:
         super().__init__(job, announce)
         # Compiled code goes where all made files go, unless the user has said otherwise.
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(job.cache_dir / "inductor"))
-        os.environ.setdefault("TRITON_CACHE_DIR", str(job.cache_dir / "triton"))
+        folders = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
+        for name, folder in folders.items():
+            os.environ.setdefault(name, str(own_folder(job.cache_dir / folder)))
         import torch
 
         from memladder.models import layer

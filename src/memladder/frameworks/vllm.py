@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from memladder.core.case import Case
 from memladder.core.errors import UnavailableError
-from memladder.core.files import write_atomic
+from memladder.core.files import own_folder, write_atomic
 from memladder.frameworks import vllm_engine
 from memladder.frameworks.base import (
     Availability,
@@ -122,7 +122,7 @@ class _Session(Session):
         super().__init__(job, announce)
         # What the engine keeps goes where all made files go, unless the user has said otherwise.
         for name, folder in (("VLLM_CACHE_ROOT", "vllm"), ("TRITON_CACHE_DIR", "triton")):
-            os.environ.setdefault(name, str(job.cache_dir / folder))
+            os.environ.setdefault(name, str(own_folder(job.cache_dir / folder)))
         import torch
         import vllm
         from vllm.distributed import parallel_state

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from memladder.cli.actions import needed, plain_console, progress_bar
+from memladder.cli.actions import needed, progress_bar
+from memladder.cli.console import plain_console
 from memladder.core.errors import UsageError
 from memladder.core.files import write_atomic
 

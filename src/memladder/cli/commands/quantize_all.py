@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from memladder.cli.actions import needed, plain_console
+from memladder.cli.actions import needed
+from memladder.cli.console import plain_console
 from memladder.core.units import mib
 
 if TYPE_CHECKING:

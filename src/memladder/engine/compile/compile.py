@@ -54,6 +54,7 @@ class Result:
     program: Program
     plan: ArenaPlan
     chunk: int
+    options: CompileOptions
 
 
 def compile_file(path: Path, options: CompileOptions) -> Result:
@@ -80,7 +81,7 @@ def compile_file(path: Path, options: CompileOptions) -> Result:
         program, planned, chunk = within(
             form, graph.shape, rounded, options.budget, options.in_place
         )
-    return Result(graph, form, parameters, rounded, program, planned, chunk)
+    return Result(graph, form, parameters, rounded, program, planned, chunk, options)
 
 
 def _kept(parameters: Parameters, patterns: tuple[str, ...]) -> list[str]:

@@ -14,6 +14,8 @@ import numpy as np
 
 # A score that is lower than this is masked; ALiBi stays above it, and below its negative.
 _BLOCKED = -1e4
+# After a factor the scores' own range has shrunk as well.
+_STILL_BLOCKED = -1e3
 # float32: frequencies, rounded, times a position, rounded.
 _ANGLE = 2.0**-21
 
@@ -35,7 +37,7 @@ class Bias:
     def times(self, factor: float) -> Bias:
         """What it is of scores that are multiplied. Raises PositionError for a mask no more."""
         floor = self.floor * factor
-        if factor <= 0 or floor > _BLOCKED:
+        if factor <= 0 or floor > _STILL_BLOCKED:
             raise PositionError(f"a mask of {self.floor:g} times {factor:g}")
         slopes = None if self.slopes is None else self.slopes * np.float32(factor)
         return replace(self, slopes=slopes, floor=floor)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from memladder.core.case import Workload
-from memladder.core.errors import UsageError
+from memladder.core.errors import OverflowedError, UsageError
 from memladder.engine.run.driver import CudaGraph
 from memladder.engine.run.sampling import Sampler
 from memladder.engine.run.stage import Stage, lengths
@@ -101,7 +101,7 @@ class RunnableModel:
                 for row, (sequence, at, _) in enumerate(done):
                     if at == len(token_ids[sequence]):
                         out[sequence].copy_(logits[row])
-            return out
+            return _finite(out)
 
     def logits(self, token_ids: Sequence[int]) -> Tensor:
         """float32 [tokens, vocabulary], on the CPU: the logits of every token of one sequence,
@@ -119,7 +119,7 @@ class RunnableModel:
                 count = done[0][2]
                 output = self._stages[-1].execution(shape).output
                 parts.append(output[:count].to("cpu", copy=True))
-            return torch.cat(parts)
+            return _finite(torch.cat(parts))
 
     def decode(self, token_ids: Sequence[int]) -> Tensor:
         """One token more for each sequence of the last `prefill`; logits as `prefill` gives them.
@@ -131,7 +131,7 @@ class RunnableModel:
             self._write(token_ids, self._active)
             self._step(self._active)
             shape = self._step_shape
-            return self._stages[-1].execution(shape).output[self._active].cpu()
+            return _finite(self._stages[-1].execution(shape).output[self._active].cpu())
 
     def generate(
         self,
@@ -209,11 +209,13 @@ class RunnableModel:
                 if sampler.is_greedy:
                     chosen = self._stages[-1].chosen(self._step_shape).flatten().tolist()
                     tokens = {sequence: chosen[sequence] for sequence in alive}
+                    if max(tokens.values()) >= self.vocabulary:
+                        raise _overflowed()
                     # On one device they already are where the next step reads them.
                     is_written = len(self._stages) == 1
                 else:
                     logits = self._stages[-1].execution(self._step_shape).output
-                    drawn = sampler(logits[alive].cpu(), alive)
+                    drawn = sampler(_finite(logits[alive].cpu()), alive)
                     tokens = dict(zip(alive, drawn, strict=True))
 
     def _check(self, token_ids: Sequence[Sequence[int]], keep: bool, more: int = 0) -> None:
@@ -343,3 +345,16 @@ class RunnableModel:
         """Kernels are launched on the current GPU."""
         with torch.inference_mode():
             yield
+
+
+def _finite(logits: Tensor) -> Tensor:
+    """Raise OverflowedError for NaN, which is what values beyond float16 become."""
+    if logits.isnan().any():
+        raise _overflowed()
+    return logits
+
+
+def _overflowed() -> OverflowedError:
+    return OverflowedError(
+        "logits are NaN: values within this model are beyond float16, in which the engine computes"
+    )

@@ -157,15 +157,18 @@ def _choose_largest(logits, ids, columns, PDL: tl.constexpr, BLOCK: tl.constexpr
     lanes = tl.arange(0, BLOCK)
     most = tl.full((BLOCK,), -float("inf"), tl.float32)
     place = tl.zeros((BLOCK,), tl.int32)
+    wrong = tl.zeros((BLOCK,), tl.int32)
     for start in range(0, columns, BLOCK):
         at = start + lanes
         values = tl.load(logits + row * columns + at, mask=at < columns, other=-float("inf"))
+        wrong |= (values != values).to(tl.int32)
         larger = values > most
         most = tl.where(larger, values, most)
         place = tl.where(larger, at, place)
     # The first of equal ones.
     top = tl.max(most)
-    tl.store(ids + row, tl.min(tl.where(most == top, place, columns)))
+    first = tl.min(tl.where(most == top, place, columns))
+    tl.store(ids + row, tl.where(tl.max(wrong) > 0, columns, first))
 
 
 def choose_largest(logits: Tensor, ids: Tensor) -> None:

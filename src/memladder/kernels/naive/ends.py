@@ -80,10 +80,12 @@ def cap_logits(x: Tensor, out: Tensor, *, factor: float, softcap: float) -> None
 
 
 def choose_largest(logits: Tensor, ids: Tensor) -> None:
-    """ids = where each row's largest number is, the first of equal ones.
+    """ids = where each row's largest number is, the first of equal ones; `vocabulary`, which is no
+    id, for a row that holds NaN.
 
     logits float32 [rows, vocabulary]; ids int32 [rows, 1].
     """
     # On ties torch.argmax names any of them.
-    largest = logits == logits.amax(dim=1, keepdim=True)
-    ids[:, 0] = largest.to(torch.uint8).argmax(dim=1)
+    most = logits.amax(dim=1, keepdim=True)
+    first = (logits == most).to(torch.uint8).argmax(dim=1)
+    ids[:, 0] = torch.where(most[:, 0].isnan(), logits.shape[1], first)
