@@ -38,6 +38,10 @@ def _facts(record: Record) -> Table:
     if record.steady_bytes is not None and record.peak_bytes is not None:
         facts["steady"] = format_bytes(record.steady_bytes)
         facts["peak"] = format_bytes(record.peak_bytes)
+    if (base := record.import_bytes) is not None:
+        torch = record.environment.packages.get("torch")
+        facts["libraries, on import"] = format_bytes(base) + (f", torch {torch}" if torch else "")
+        facts["steady over import"] = format_bytes(record.over_import_bytes)
     if record.spread is not None:
         facts["spread over runs"] = f"{record.spread:.2%}"
     if record.asked_bytes is not None:
