@@ -143,7 +143,7 @@ def _found(
     if len(prefixes) != 1:
         told = f": {', '.join(prefixes)[:200]}" if prefixes else ""
         raise FormatError(f"{folder}: layer {number} is there {len(prefixes)} times{told}")
-    return _named_by(prefixes[0], config, folder, tensors)
+    return _named_by(prefixes[0], config, number, folder, tensors)
 
 
 def _prefixes(config: LayerConfig, number: int, tensors: Places) -> list[str]:
@@ -235,11 +235,11 @@ def _layer(
         raise FormatError(
             f"{folder}: no tensor of layer {number}: none begins with {' or '.join(prefixes)}"
         )
-    return _named_by(prefix, config, folder, tensors)
+    return _named_by(prefix, config, number, folder, tensors)
 
 
 def _named_by(
-    prefix: str, config: LayerConfig, folder: Path, tensors: Places
+    prefix: str, config: LayerConfig, number: int, folder: Path, tensors: Places
 ) -> dict[str, tuple[Path, str]]:
     wanted = models.tensor_shapes(config)
     for name in wanted:
