@@ -26,7 +26,7 @@ from memladder.engine.frontend.axes import (
     shape_of,
     token_axes,
 )
-from memladder.engine.frontend.positions import Bias, read_bias
+from memladder.engine.frontend.positions import Bias, read_bias, still_masked
 from memladder.engine.frontend.views import Value
 from memladder.engine.graph.nodes import Attention, Node
 
@@ -265,6 +265,8 @@ def _grouped(
 def _bias(
     scores: Scores, tokens: Workload, heads: int
 ) -> tuple[bool, int | None, np.ndarray | None]:
+    if not still_masked(scores.biases):
+        raise LayoutError("numbers added to attention's scores that undo a mask")
     causal = scores.causal or any(b.causal for b in scores.biases)
     windows = [b.window for b in scores.biases if b.window is not None]
     slopes = [b.slopes for b in scores.biases if b.slopes is not None]
