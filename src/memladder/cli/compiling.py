@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from memladder.cli.actions import needed, progress_bar
 from memladder.core.errors import UsageError
-from memladder.core.files import open_regular, write_atomic
+from memladder.core.files import open_new, open_regular, require_replaceable, write_atomic
 from memladder.core.units import format_bytes
 
 if TYPE_CHECKING:
@@ -69,13 +69,15 @@ def run_folder(folder: Path, given: Path, out: Path, device: str | None, check: 
 
         from memladder.engine.run.layer import load_compiled
 
+    require_replaceable(out)
     layer, shape = load_compiled(folder, device, check)
     wanted = (shape.batch_size, shape.seq_len, layer.packed.form.fused.hidden_size)
     states = torch.from_numpy(_states(given, wanted))
     found = layer(states.to(layer.device)).cpu().numpy()
     part = out.with_name(f".{out.name}.{os.getpid()}.npy")
     try:
-        np.save(part, found)
+        with open_new(part) as file:
+            np.save(file, found)
         part.replace(out)
     except OSError as error:
         raise UsageError(f"cannot write {out}: {error.strerror or error}") from None

@@ -6,8 +6,6 @@ so that `--help` answers at once. An error is one line on stderr and exit status
 
 from __future__ import annotations
 
-import os
-import signal
 import sys
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -15,9 +13,9 @@ from typing import Annotated, NoReturn
 import typer
 
 from memladder import __version__
-from memladder.cli.console import take_any_text
+from memladder.cli import ending, predicting
 from memladder.core.case import MAX_BATCH_SIZE, MAX_SEQ_LEN
-from memladder.core.errors import MemladderError, UnavailableError, UsageError
+from memladder.core.errors import UsageError
 
 
 def _app(text: str) -> typer.Typer:
@@ -36,6 +34,7 @@ _measure_app = _app("Measure the memory of one decoder layer under one framework
 
 _env_app = _app("Environments of frameworks' own: made, pointed to, listed, removed.")
 app.add_typer(_env_app, name="env")
+predicting.register(app)
 
 EnvironmentOf = Annotated[
     str, typer.Argument(metavar="FRAMEWORK", help="A framework's key; its variants share one.")
@@ -86,7 +85,6 @@ StorePath = Annotated[
 
 _HERE = Path()
 _DEFAULT_TIMEOUT = "1800"
-_INTERRUPTED = 130
 MAX_REPEATS = 100
 MAX_LAYER = (1 << 20) - 1
 MAX_MIB = 1 << 30
@@ -466,57 +464,16 @@ def _seconds(text: str) -> float:
     return value
 
 
-def _interrupt(*_: object) -> NoReturn:
-    raise KeyboardInterrupt
-
-
-def _run(application: typer.Typer) -> NoReturn:
-    """Run an application; every expected error is one line on stderr and exit status 2."""
-    take_any_text()
-    for name in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(name, _interrupt)
-    arguments = sys.argv[1:] or (["--help"] if application is app else [])
-    try:
-        code = application(args=arguments, standalone_mode=False)
-    except UnavailableError as error:
-        _fail(f"{error}" + (f"; to get it: {error.hint}" if error.hint else ""))
-    except MemladderError as error:
-        _fail(str(error))
-    except BrokenPipeError:
-        # The reader went away (`| head`): nothing left to say, and nobody to say it to.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
-    except (KeyboardInterrupt, typer.Abort):
-        code = _INTERRUPTED
-    except Exception as error:
-        # typer's usage errors share no importable base class across its versions.
-        if not hasattr(error, "format_message"):
-            raise
-        _fail(" ".join(error.format_message().split()))
-    if code == _INTERRUPTED:
-        # Some versions of typer turn the interrupt into this status themselves.
-        print(
-            "memladder: stopped; what was finished is kept, the same command does the rest",
-            file=sys.stderr,
-        )
-    sys.exit(code or 0)
-
-
-def _fail(message: str) -> NoReturn:
-    print(f"memladder: error: {message}", file=sys.stderr)
-    sys.exit(2)
-
-
 def main() -> NoReturn:
     """Entry point `memladder`."""
-    _run(app)
+    ending.run(app, sys.argv[1:] or ["--help"])
 
 
 def run_all() -> NoReturn:
     """Entry point `run_all.py`."""
-    _run(_run_all_app)
+    ending.run(_run_all_app, sys.argv[1:])
 
 
 def measure_memory() -> NoReturn:
     """Entry point `measure_memory.py`."""
-    _run(_measure_app)
+    ending.run(_measure_app, sys.argv[1:])
