@@ -16,6 +16,8 @@ from memladder.models import LayerConfig, parameters, tensor_shapes
 if TYPE_CHECKING:
     import numpy as np
 
+    from memladder.frameworks._rules.question import Answer, Question
+
 Setting = str | int | float | bool
 
 
@@ -185,6 +187,16 @@ class Framework(ABC):
         one of the plan's parts.
         """
         raise NotImplementedError(f"{self.title} has no plan")
+
+    def predict(self, question: Question) -> Answer:
+        """What a case would take, without running it. Raises UnpredictableError with the reason.
+
+        The rules are arithmetic on shapes, in `_rules/`; no library of the framework is imported.
+        """
+        from memladder.frameworks._rules.question import UnpredictableError
+
+        del question
+        raise UnpredictableError(f"{self.title} has no rules of prediction")
 
     @abstractmethod
     def tolerance(self, device: str) -> float:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from memladder.frameworks._rules.question import Answer, Question
+
 _BLOCK = 64
 _BLOCKS = 256
 _TILE_ROWS = 32
@@ -89,6 +91,12 @@ class BitsAndBytesNf4(Quantised):
         if _repacks(rows, columns, job.case.device):
             return rows * columns // 2 + 2 * blocks
         return rows * columns // 2 + blocks + 4 * -(-blocks // _BLOCKS)
+
+    def predict(self, question: Question) -> Answer:
+        """As PyTorch's, with this package's matrices and products."""
+        from memladder.frameworks._rules import bitsandbytes, torch_layer
+
+        return torch_layer.predict(question, bitsandbytes.PACKAGE)
 
     def format_settings(self, job: Job) -> Mapping[str, Setting]:
         """Blocks and storage, and whether the CPU has matrices repacked."""

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from memladder.frameworks._rules.question import Answer, Question
+
 _SCALE_BYTES = 2
 _ZERO = 8
 
@@ -76,6 +78,12 @@ class GemLiteInt4(Quantised):
     def matrix_bytes(self, rows: int, columns: int, job: Job) -> int:
         """Half a byte an element, an fp16 scale a group."""
         return rows * columns // 2 + _SCALE_BYTES * rows * columns // group_size(job.config)
+
+    def predict(self, question: Question) -> Answer:
+        """As PyTorch's, with this package's matrices and products."""
+        from memladder.frameworks._rules import gemlite, torch_layer
+
+        return torch_layer.predict(question, gemlite.PACKAGE)
 
     def format_settings(self, job: Job) -> Mapping[str, Setting]:
         """Groups, and how kernels are tuned."""

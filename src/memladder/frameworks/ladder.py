@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     from memladder.engine.packed.packed_layer import PackedLayer
     from memladder.formats.base import Format
+    from memladder.frameworks._rules.question import Answer, Question
 
 _INSTALL = {
     "cpu": "pip install 'memladder[ladder]'",
@@ -131,6 +132,12 @@ class Ladder(Framework):
             job.seed,
             self.activation_format(),
         )
+
+    def predict(self, question: Question) -> Answer:
+        """Packed weights and the plan of the arena, in closed form (`_rules/ladder.py`)."""
+        from memladder.frameworks._rules import ladder, stored
+
+        return ladder.predict(question, stored.SCHEMES[self.weight], self.activation)
 
     def tolerance(self, device: str) -> float:
         """Four unit roundoffs of float16 (2^-11), in which activations are kept between steps.

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
+    from memladder.frameworks._rules.question import Answer, Question
     from memladder.models.layer import Block
 
 _INSTALL = "pip install 'memladder[pytorch]'"
@@ -61,6 +62,12 @@ class PyTorch(Framework):
     def makes(self, job: Job) -> str:
         """The same for all shapes."""
         return f"{job.config.digest} weights"
+
+    def predict(self, question: Question) -> Answer:
+        """The load and the passes, replayed (`_rules/torch_layer.py`)."""
+        from memladder.frameworks._rules import torch_layer
+
+        return torch_layer.predict(question, torch_layer.PLAIN)
 
     def tolerance(self, device: str) -> float:
         """Four unit roundoffs of the dtype: 2^-11 in float16, 2^-8 in bfloat16, the CPU's worst.

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from memladder.frameworks._rules.question import Answer, Question
+
 # `_convert_weight_to_int4pack` on CUDA: tiles of 8 rows, and of 1024 columns in torchao's packing.
 _TILE = (8, 1024)
 _SCALE_AND_ZERO_BYTES = 4
@@ -87,6 +89,12 @@ class TorchAOInt4(Quantised):
             )
         groups = rows * columns // group_size(job.config)
         return rows * columns // 2 + _SCALE_AND_ZERO_BYTES * groups
+
+    def predict(self, question: Question) -> Answer:
+        """As PyTorch's, with this package's matrices and products."""
+        from memladder.frameworks._rules import torch_layer, torchao
+
+        return torch_layer.predict(question, torchao.INT4)
 
     def format_settings(self, job: Job) -> Mapping[str, Setting]:
         """Groups, and how zero points are chosen."""

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from memladder.frameworks._rules.question import Answer, Question
+
 _LEAST = (8, 9)
 _SCALE_BYTES = 4
 
@@ -97,6 +99,12 @@ class TorchAOFp8(Quantised):
         """A byte an element, a float32 scale a row."""
         del job
         return rows * columns + _SCALE_BYTES * rows
+
+    def predict(self, question: Question) -> Answer:
+        """As PyTorch's, with this package's matrices and products."""
+        from memladder.frameworks._rules import torch_layer, torchao
+
+        return torch_layer.predict(question, torchao.FP8)
 
     def format_settings(self, job: Job) -> Mapping[str, Setting]:
         """Granularity."""

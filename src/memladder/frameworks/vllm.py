@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import nn
 
+    from memladder.frameworks._rules.question import Answer, Question
+
 _INSTALL = "memladder env create vllm"
 # vLLM's fused matrices, and the model's that they are made of.
 _FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
@@ -102,6 +104,14 @@ class Vllm(Framework):
         if self.weight == "fp16":
             return super().weight_bytes(job)
         return packed_bytes(job.config, 4, vllm_engine.group_size(job.config), 16)
+
+    def predict(self, question: Question) -> Answer:
+        """By the engine's own rules; a checkpoint's scheme where the row's format is fp16."""
+        from memladder.frameworks._rules import stored, vllm
+
+        return vllm.predict(
+            question, stored.SCHEMES[self.weight] if self.weight != "fp16" else None
+        )
 
     def tolerance(self, device: str) -> float:
         """Nothing is compared: the output can't be read."""

@@ -23,6 +23,8 @@ _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth")
 _DTYPES = ("F16", "BF16", "F32")
+# What models of old have stored beside their weights, and compute themselves.
+_BUFFERS = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")
 # The index of a model of a trillion parameters has 10 MB.
 _MAX_JSON_BYTES = 64 << 20
 
@@ -126,10 +128,14 @@ def _layer(
         if prefix + name not in tensors:
             raise FormatError(f"{folder}: tensor {prefix}{name} is missing")
     for name in tensors:
-        # A layer without one of its weights would be another one; buffers have other names.
-        inner = name.removeprefix(prefix)
-        if inner != name and inner not in wanted and inner.endswith((".weight", ".bias")):
-            raise FormatError(f"{folder}: config.json knows nothing of tensor {name[:80]!r}")
+        # A layer without one of its weights, scales or adapters would be another one.
+        own = name.startswith(prefix) and name.removeprefix(prefix) not in wanted
+        adapter = f".{prefix}" in name and "lora_" in name
+        if adapter or (own and not name.endswith(_BUFFERS)):
+            raise FormatError(
+                f"{folder}: config.json knows nothing of tensor {name[:80]!r}, which belongs to "
+                f"layer {number}"
+            )
     return {name: (tensors[prefix + name], prefix + name) for name in wanted}
 
 

@@ -12,7 +12,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -22,7 +22,7 @@ from memladder.core.errors import FormatError
 from memladder.engine.packed import packed_layer
 from memladder.engine.packed.packed_layer import Form
 from memladder.engine.packed.sources import CompiledLayer, Source
-from memladder.formats.base import Format, Quantised
+from memladder.formats.base import Format, Quantised, absmax, grouped
 from memladder.kernels.layout import Layout
 from memladder.kernels.packed import matrix_bytes
 
@@ -238,15 +238,44 @@ def _read(rows: Rows, source: Source, start: int, stop: int) -> Tensor:
 
 def _quantised(kind: Format, values: Tensor, name: str) -> Quantised:
     try:
-        return kind.quantise(values)
+        found = kind.quantise(values)
+        _require_held(kind, values, found)
     except FormatError as error:
         raise FormatError(f"{name}: {error}") from None
+    return found
+
+
+def _require_held(kind: Format, values: Tensor, found: Quantised) -> None:
+    """Raise FormatError for weights that are not zero where the format has no scale that small:
+    they would become zeros. A group of zeros is fine."""
+    most = absmax(grouped(values, kind.group or values.shape[1])).squeeze(-1)
+    if found.scales is None:
+        wrong = (most > 0) & (absmax(kind.decode(found.codes)) == 0)
+    else:
+        scales = kind.scale_values(found.scales)
+        # The largest weight is half of the largest code times the scale at the least: a quarter
+        # where the scale was rounded up to the smallest that there is.
+        wrong = (most > 0) & ((scales == 0) | (most < scales * (_top(kind) / 4)))
+    if wrong.any():
+        raise FormatError(
+            f"{kind} has no {'value' if found.scales is None else 'scale'} that small: of "
+            f"{int(wrong.sum())} groups the largest weight is {float(most[wrong].max()):.2g}"
+        )
+
+
+@lru_cache(maxsize=16)
+def _top(kind: Format) -> float:
+    """The largest finite magnitude that a code stands for before its scale."""
+    codes = torch.arange(1 << kind.bits, dtype=torch.uint8).view(1, -1)
+    return float(kind.decode(codes).nan_to_num(0.0, 0.0, 0.0).abs().max())
 
 
 def _quantised_vector(values: Tensor, name: str) -> Tensor:
     stored = values.to(torch.float16)
     if not stored.isfinite().all():
         raise FormatError(f"{name}: a value beyond 65504 does not fit into fp16")
+    if values.any() and not stored.any():
+        raise FormatError(f"{name}: fp16 has no value that small; all of it would be zero")
     return stored
 
 
