@@ -291,7 +291,7 @@ def table(
 
 @app.command()
 def floor(store: StorePath) -> None:
-    """Hold the engine's cells in STORE against the least they could take."""
+    """Hold the engine's cells in STORE against their budget."""
     from memladder.cli import actions
 
     raise typer.Exit(actions.show_floor(store))
