@@ -175,6 +175,11 @@ class Framework(ABC):
         """
         return None
 
+    def quantisation_tolerance(self, job: Job) -> float | None:
+        """Largest ‖y − ref‖ / ‖ref‖ against the true layer in fp32 that the row's number format
+        explains; None where that is not known. A row beyond it computes another layer."""
+        return None
+
     def weight_bytes(self, job: Job) -> int:
         """Bytes of the layer's parameters in this row's number format, in closed form.
 
