@@ -128,3 +128,14 @@ def test_measuring_tells_each_phase_once_where_there_is_no_terminal(
         "llama_pytorch_1_1: compile, 6.0 MiB",
     ]
     assert [line.rpartition(", ")[2] for line in lines] == ["0 s", "0 s", "31 s"]
+
+
+def test_the_figure_has_a_glyph_for_whatever_a_record_says(
+    memladder: Command, tmp_path: Path
+) -> None:
+    """matplotlib warns of every character that its font lacks; warnings are errors here."""
+    kept = store.Store(tmp_path / "log")
+    kept.save(record())  # type: ignore[arg-type]
+    done = memladder("figure", tmp_path / "log")
+    assert (done.code, done.err) == (0, "")
+    harmless((tmp_path / "png/memory_usage_cpu.md").read_text())

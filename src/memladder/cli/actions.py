@@ -463,14 +463,16 @@ def print_table(path: Path, form: str) -> None:
 
 
 def show_floor(path: Path) -> int:
-    """Print the engine's measured cells against their floor; 1 when one is beyond its bound."""
-    from memladder.reports import floor
+    """Print the engine's measured cells against their budget; 1 when one is beyond its bound."""
+    from memladder.reports import budget
 
     records = _read_store(path).records
-    tables = [found for device in ("cpu", "cuda") if (found := floor.rows(records, device))]
+    tables = [
+        found for device in ("cpu", "cuda") if (found := budget.rows(records, device, _left_out))
+    ]
     if not tables:
         raise UsageError(f"{path} holds no measured cell of ladder")
-    print("\n".join(map(floor.to_markdown, tables)), end="")
+    print("\n".join(map(budget.to_markdown, tables)), end="")
     return 0 if all(row.holds for rows in tables for row in rows) else 1
 
 
@@ -511,10 +513,14 @@ def calibrate(device: str, output_dir: Path) -> int:
     return 0 if holds else 1
 
 
+def _left_out(line: str) -> None:
+    say(f"warning: {line}; left out")
+
+
 def _read_store(path: Path) -> store.Contents:
     contents = store.read(path)
     for line in contents.complaints():
-        say(f"warning: {line}; left out")
+        _left_out(line)
     return contents
 
 

@@ -14,6 +14,9 @@ import typer
 
 from memladder import __version__
 from memladder.cli import ending, predicting
+from memladder.cli.commands.dequantize import dequantize
+from memladder.cli.commands.evaluate import evaluate
+from memladder.cli.commands.generate import generate
 from memladder.core.case import MAX_BATCH_SIZE, MAX_SEQ_LEN
 from memladder.core.errors import UsageError
 
@@ -288,7 +291,7 @@ def table(
 
 @app.command()
 def floor(store: StorePath) -> None:
-    """Hold the engine's cells in STORE against the least they could take."""
+    """Hold the engine's cells in STORE against their budget."""
     from memladder.cli import actions
 
     raise typer.Exit(actions.show_floor(store))
@@ -304,6 +307,16 @@ def quantize(
         Path, typer.Option("--out", metavar="DIR", help="Where the packed file is written.")
     ],
     layer: Annotated[str, typer.Option(metavar="N", help="Which decoder layer, from 0.")] = "0",
+    whole: Annotated[
+        bool, typer.Option("--all", help="All layers, embeddings and head: a model that runs.")
+    ] = False,
+    keep: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN", help="With --all: matrices that stay in fp16."),
+    ] = None,
+    head_format: Annotated[
+        str, typer.Option(metavar="FORMAT", help="With --all: of the head, and of tied embeddings.")
+    ] = "fp16",
     form: Annotated[
         str,
         typer.Option(
@@ -313,8 +326,16 @@ def quantize(
         ),
     ] = "int4",
 ) -> None:
-    """Pack a layer of a local checkpoint in a number format."""
+    """Pack a layer of a local checkpoint in a number format, or all of it."""
     from memladder.cli import quantizing
+    from memladder.cli.commands import quantize_all
+
+    if whole:
+        kept = tuple(keep or ())
+        quantize_all.quantize_all(checkpoint, out, form=form, kept=kept, head_format=head_format)
+        return
+    if keep or head_format != "fp16":
+        raise UsageError("--keep and --head-format are for --all")
 
     quantizing.quantize(checkpoint, _count("layer", layer, MAX_LAYER, least=0), form, out)
 
@@ -369,6 +390,11 @@ def run_layer(
     from memladder.cli import compiling
 
     compiling.run_folder(folder, given, out, device, check)
+
+
+app.command()(generate)
+app.command()(evaluate)
+app.command()(dequantize)
 
 
 @app.command()

@@ -146,7 +146,7 @@ def listed() -> tuple[Listed, ...]:
 
 
 def _note(path: Path, what: Made | Given) -> None:
-    write_atomic(path, json.dumps(serial.to_json(what), indent=1) + "\n")
+    write_atomic(path, serial.dumps(what, indent=1) + "\n")
 
 
 def _listed(name: str) -> Listed:
