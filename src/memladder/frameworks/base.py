@@ -111,6 +111,9 @@ class Session(ABC):
     def run(self) -> None:
         """One forward pass; returns when the device has finished it."""
 
+    def begin_steady(self) -> None:
+        """The steady phase begins: peaks that are kept from now on are its own."""
+
     @abstractmethod
     def output(self) -> np.ndarray:
         """The last pass's output as float32 [batch_size, seq_len, hidden_size], on the host.

@@ -146,6 +146,7 @@ def _measure(order: Order, channel: Channel) -> None:
         # What the first run left for the collector is no part of the steady state.
         gc.collect()
         phases.start("steady")
+        session.begin_steady()
         passes = _loop(session, channel, phases, order.steady_s)
     else:
         channel.hold()
