@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from memladder.core.case import Case
 from memladder.core.files import own_folder
-from memladder.frameworks.base import Availability, Framework, Job, Session, Setting
-from memladder.frameworks.torch_common import (
+from memladder.frameworks._shared.base import Availability, Framework, Job, Session, Setting
+from memladder.frameworks._shared.torch_common import (
     TORCH_VARIABLES,
     AllocatorReadings,
     cuda_build,
