@@ -65,8 +65,10 @@ _NOT_MODELS = {
     "layer",
     "onnx_export",
     "onnx_rules",
+    "past",
     "reference",
     "weights",
+    "whole",
 }
 FIXED_ROPE_TYPES = ("default", "linear", "llama3")
 _MAX_CONFIG_BYTES = 16 << 20

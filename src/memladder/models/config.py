@@ -124,6 +124,12 @@ class ModelConfig:
         return _digest([self.family, self.values])
 
     @property
+    def around_config(self) -> LayerConfig:
+        """What is around the layers, described as if it were one more of them."""
+        outline = LayerOutline(self.hidden_size, self.around, CacheGeometry())
+        return LayerConfig(self.family, self.values, self.layer_count, outline)
+
+    @property
     def usual(self) -> LayerConfig:
         """The first layer of the most frequent group."""
         return max(self.layers, key=lambda group: group.count).layer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +10,14 @@ import torch
 
 from memladder.core.case import Workload
 from memladder.models import LayerConfig, layer
-from memladder.models.weights import hidden_states
+from memladder.models.weights import sequence_states
 
 
 def output(config: LayerConfig, weights_path: Path, shape: Workload, seed: int) -> np.ndarray:
-    """float32 [batch_size, seq_len, hidden_size] for the hidden states of the same seed."""
+    """float32 [batch_size, seq_len, hidden_size] for the hidden states of the same seed.
+
+    With a past, past and new tokens pass at once, and no cache is there.
+    """
     return _run(config, weights_path, shape, seed, torch.float32)
 
 
@@ -43,11 +47,30 @@ def rounding(
     return error(_run(config, weights_path, shape, seed, getattr(torch, dtype)), expected)
 
 
+def of_whole_sequences(
+    module: Callable[[torch.Tensor], torch.Tensor],
+    config: LayerConfig,
+    workload: Workload,
+    seed: int,
+    dtype: torch.dtype = torch.float32,
+) -> np.ndarray:
+    """What a module says of a workload's new tokens, float32, when past and new ones pass at once.
+
+    `module` is a layer made for `uncached(workload)`.
+    """
+    states = torch.from_numpy(sequence_states(config, workload, seed)).to(dtype)
+    with torch.inference_mode():
+        found: np.ndarray = module(states)[:, workload.past :].float().numpy()
+    return found
+
+
+def uncached(workload: Workload) -> Workload:
+    """The same sequences, all of their tokens in one pass and none in a cache."""
+    return Workload(workload.batch_size, workload.length)
+
+
 def _run(
     config: LayerConfig, weights_path: Path, shape: Workload, seed: int, dtype: torch.dtype
 ) -> np.ndarray:
-    module = layer.load(config, weights_path, shape, dtype, torch.device("cpu"))
-    states = torch.from_numpy(hidden_states(config, shape, seed)).to(dtype)
-    with torch.inference_mode():
-        found: np.ndarray = module(states).float().numpy()
-    return found
+    module = layer.load(config, weights_path, uncached(shape), dtype, torch.device("cpu"))
+    return of_whole_sequences(module, config, shape, seed, dtype)
