@@ -20,8 +20,10 @@ reproduce: $(VENV)/.base
 	$(BIN)/python run_all.py --reproduce
 
 test: setup $(VENV)/.dev
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal src tests/unit
-	$(BIN)/python -m pytest tests/cpu
+	@failed=0; \
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal src tests/unit || failed=1; \
+	$(BIN)/python -m pytest tests/cpu || failed=1; \
+	exit $$failed
 
 test-slow: setup $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow tests/unit tests/cpu

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from memladder.core.case import Workload
+from memladder.engine.packed import packed_layer
 from memladder.engine.packed.packed_layer import PackedLayer
+from memladder.engine.program.builder import CHUNK
 from memladder.engine.program.cache import CacheShape
 from memladder.engine.program.plan import plan
 from memladder.engine.run.execute import Execution, shared_arena_bytes
@@ -31,8 +33,12 @@ class CachedRunner:
         workloads: Sequence[Workload],
         activation: Format | None = None,
         device: str = "cpu",
+        chunk: int = CHUNK,
     ) -> None:
-        programs = [layer.form.program(w, activation, cache=cache) for w in workloads]
+        form = layer.form
+        programs = [form.program(w, activation, cache=cache, chunk=chunk) for w in workloads]
+        block = torch.empty(packed_layer.device_bytes(layer), dtype=torch.uint8, device=device)
+        layer = packed_layer.on_device(layer, block)
         planned = [(program, plan(program)) for program in programs]
         assert len({tuple(p.state.items()) for _, p in planned}) == 1
         size = shared_arena_bytes(planned, kernels)

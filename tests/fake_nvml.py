@@ -31,7 +31,8 @@ class NVMLError_InvalidArgument(NVMLError):
 
 @dataclass
 class Gpu:
-    """`processes` maps a pid to its bytes, None where the driver does not tell them."""
+    """`processes` maps a pid to its bytes, None where the driver does not tell them. `slices` are
+    its MIG devices, None where MIG is off; `tells_memory` is false where the driver refuses."""
 
     uuid: str
     name: str = "NVIDIA H100 80GB HBM3"
@@ -39,6 +40,9 @@ class Gpu:
     used: int = 0
     processes: dict[int, int | None] = field(default_factory=dict)
     lists: bool = True
+    capability: tuple[int, int] | None = (9, 0)
+    tells_memory: bool = True
+    slices: list[Gpu] | None = None
 
 
 class FakeNvml:
@@ -70,8 +74,9 @@ class FakeNvml:
 
     def nvmlDeviceGetHandleByUUID(self, uuid: str) -> Gpu:
         for gpu in self.gpus:
-            if gpu.uuid == uuid:
-                return gpu
+            for one in (gpu, *(gpu.slices or ())):
+                if one.uuid == uuid:
+                    return one
         raise NVMLError_InvalidArgument("Invalid Argument")
 
     def nvmlDeviceGetUUID(self, gpu: Gpu) -> str:
@@ -82,9 +87,33 @@ class FakeNvml:
 
     def nvmlDeviceGetMemoryInfo(self, gpu: Gpu, version: int) -> Any:
         assert version == self.nvmlMemory_v2
+        if not gpu.tells_memory:
+            raise NVMLError_NotSupported("Not Supported")
         return SimpleNamespace(total=gpu.total, used=gpu.used, free=gpu.total - gpu.used)
 
     def nvmlDeviceGetComputeRunningProcesses_v3(self, gpu: Gpu) -> list[Any]:
         if not gpu.lists:
             raise NVMLError_NotSupported("Not Supported")
         return [SimpleNamespace(pid=pid, usedGpuMemory=used) for pid, used in gpu.processes.items()]
+
+    def nvmlDeviceGetCudaComputeCapability(self, gpu: Gpu) -> tuple[int, int]:
+        if gpu.capability is None:
+            raise NVMLError_NotSupported("Not Supported")
+        return gpu.capability
+
+    def nvmlDeviceGetMigMode(self, gpu: Gpu) -> tuple[int, int]:
+        return (int(gpu.slices is not None),) * 2
+
+    def nvmlDeviceGetMaxMigDeviceCount(self, gpu: Gpu) -> int:
+        return 7
+
+    def nvmlDeviceGetMigDeviceHandleByIndex(self, gpu: Gpu, index: int) -> Gpu:
+        if index >= len(gpu.slices or ()):
+            raise NVMLError_InvalidArgument("Not Found")
+        return (gpu.slices or [])[index]
+
+    def nvmlDeviceGetDeviceHandleFromMigDeviceHandle(self, gpu: Gpu) -> Gpu:
+        for whole in self.gpus:
+            if gpu in (whole.slices or ()):
+                return whole
+        raise NVMLError_InvalidArgument("Invalid Argument")

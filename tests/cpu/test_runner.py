@@ -222,6 +222,12 @@ def test_a_breakdown_in_any_phase_is_failed(measure: Measure, place: str) -> Non
     assert record.reason == f"ValueError: the first line (in phase {where})"
 
 
+def test_a_preparation_that_ends_well_and_made_nothing_is_failed(measure: Measure) -> None:
+    record = measure({"prepare": "leave_well"})
+    assert (record.status, record.runs) == (Status.FAILED, ())
+    assert record.reason == "the worker exited with status 0 (in phase prepare)"
+
+
 def test_the_log_holds_what_the_worker_said(measure: Measure, tmp_path: Path) -> None:
     measure({"steady": "crash"})
     log = (tmp_path / "case.log").read_text()

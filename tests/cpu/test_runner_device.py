@@ -24,7 +24,7 @@ FAKES = Path(__file__).parents[1] / "fake_frameworks"
 FOREIGN = 2**22 + 5
 IDLE = GIB
 
-MeasureOn = Callable[[Callable[[int], int | None]], Run]
+MeasureOn = Callable[..., Run]
 
 
 class PlayedGpu(Gpu):
@@ -61,8 +61,9 @@ def measure_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> MeasureOn:
     known = os.environ.get("PYTHONPATH")
     monkeypatch.setenv("PYTHONPATH", f"{FAKES}{os.pathsep}{known}" if known else str(FAKES))
 
-    def run(told: Callable[[int], int | None]) -> Run:
+    def run(told: Callable[[int], int | None], tells_memory: bool = True) -> Run:
         gpu = PlayedGpu(told)
+        gpu.tells_memory = tells_memory
         device = Device(FakeNvml(gpu), gpu)
         monkeypatch.setattr(devices, "device", lambda _: device)
         layer = models.narrow_config("llama").values
@@ -97,6 +98,21 @@ def test_where_nvml_tells_no_bytes_the_delta_is_labelled(measure_on: MeasureOn) 
     assert run.source is Source.NVML_DEVICE_DELTA
     assert run.steady_bytes == 700 * MIB
     assert [one.pid for one in run.foreign] == [FOREIGN]
+
+
+def test_a_device_that_does_not_tell_its_memory_is_measured_by_process(
+    measure_on: MeasureOn,
+) -> None:
+    run = measure_on(lambda _: 500 * MIB, tells_memory=False)
+    assert run.source is Source.NVML_PROCESS
+    assert run.steady_bytes == 500 * MIB
+    assert run.idle_device_bytes is None
+    assert run.phases[-1].device_total_peak_bytes is None
+
+
+def test_a_device_that_tells_nothing_is_no_number(measure_on: MeasureOn) -> None:
+    with pytest.raises(WorkerError, match="tells neither the device's bytes nor its processes'"):
+        measure_on(lambda _: None, tells_memory=False)
 
 
 def test_a_case_that_never_came_to_the_device_is_no_number(measure_on: MeasureOn) -> None:

@@ -113,6 +113,7 @@ def calls(capability: int) -> Iterator[tuple[str, Callable[[], None]]]:
         call = partial(cuda.windowed_attention, *(query,) * 4, exact=exact, **sizes)
         yield f"windowed attention {d} {softcap} {exact}", call
     has_fp8 = capability >= 89
+    yield from cached(has_fp8)
     for spec in ("int8", *(("fp8", "mxfp8") if has_fp8 else ())):
         codes = torch.empty(2, 8192, dtype=torch.uint8)
         scales = torch.empty(2, 256, dtype=formats.get(spec).scale_dtype)
@@ -137,6 +138,42 @@ def calls(capability: int) -> Iterator[tuple[str, Callable[[], None]]]:
                 yield f"several {weight} {activation} {rows}", several(weight, activation, rows)
     # Few output channels: smaller tiles.
     yield "matmul int4 fp16 512 narrow", products(512, 1024, 8192, "int4", "fp16")
+
+
+def cached(has_fp8: bool) -> Iterator[tuple[str, Callable[[], None]]]:
+    positions, capacity = torch.zeros(4, 3, dtype=torch.int32), 4096
+    for d, heads, kv_heads, rows, kind, spec, exact in (
+        *((128, 64, 8, 1, "", "fp16", False), (128, 64, 8, 1, "", "fp8", True)),
+        *((128, 112, 112, 1, "alibi", "fp16", True), (256, 8, 4, 1, "gemma", "int8", True)),
+        *((96, 32, 32, 16, "gemma", "fp16", True), (80, 71, 1, 1, "", "int8", False)),
+        *((128, 64, 8, 512, "", "fp16", False), (128, 64, 8, 512, "alibi", "fp16", True)),
+        *((128, 64, 8, 512, "alibi", "int8", True), (128, 64, 8, 512, "", "fp8", True)),
+        *((256, 8, 4, 512, "gemma", "fp16", True), (256, 8, 4, 512, "gemma", "int8", True)),
+    ):
+        if spec == "fp8" and not has_fp8:
+            continue
+        dtype = torch.float16 if spec == "fp16" else torch.uint8
+        held = torch.empty(4 * kv_heads * capacity, d, dtype=dtype)
+        query = torch.empty(4 * rows, heads * d).half()
+        sizes: dict[str, Any] = {"kv_heads": kv_heads, "capacity": capacity, "start": 0}
+        sizes |= {"format": spec}
+        if spec != "fp16":
+            sizes |= dict.fromkeys(("key_scales", "value_scales"), torch.empty(len(held), 1))
+        extra: dict[str, Any] = {"slopes": torch.empty(heads)} if kind == "alibi" else {}
+        extra |= {"window": 1000, "softcap": 50.0} if kind == "gemma" else {}
+        if rows <= 16:
+            extra["partial"] = torch.empty(len(query) * heads * 32, d + 2)
+        attend = partial(cuda.cached_attention, query, held, held, positions, query)
+        call = partial(attend, heads=heads, exact=exact, **sizes, **extra)
+        yield f"cached attention {d} {heads} {rows} {kind} {spec} {exact}", call
+        if rows == 1:
+            key = torch.empty(4, kv_heads * d).half()
+            turned = {"query": query, "turned": query, "frequencies": torch.empty(d // 2)}
+            append = partial(cuda.cache_append, key, key, positions, held, held, **sizes)
+            yield f"append {d} {spec}", partial(append, **(turned if kind != "alibi" else {}))
+    x = torch.empty(4, 1024).half()
+    yield "rotary at", lambda: cuda.rotary_at(x, x, positions, x, head_dim=128, start=0)
+    yield "advance", lambda: cuda.advance(positions)
 
 
 def several(weight: str, activation: str, rows: int) -> Callable[[], None]:
@@ -175,20 +212,26 @@ def main(capability: int, part: int, parts: int) -> None:
     for name, call in islice(calls(capability), part, None, parts):
         made.clear()
         call()
-        (kernel,) = made
-        usage = tool("cuobjdump", "--dump-resource-usage", kernel.asm["cubin"])
-        found: dict[str, Any] = {
-            key.lower(): int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)
-        }
-        # Taking a kernel apart takes as long as making it: only products of several rows.
-        is_product = re.fullmatch(r"(matmul|biased|gated) .* (32|512)", name)
-        sass = tool("cuobjdump", "-sass", kernel.asm["cubin"]) if is_product else ""
-        found["tensor"] = sorted(set(re.findall(r"\b(HMMA|IMMA|HGMMA|QGMMA|IGMMA)\b", sass)))
-        # How many asynchronous products may be left unfinished where one waits for them.
-        waits = re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, (0x[0-9a-f]+)", sass)
-        found["waits"] = sorted({int(left, 16) for left in waits})
-        found["shared"] = kernel.metadata.shared
-        print(json.dumps({"name": name, **found}), flush=True)
+        for number, kernel in enumerate(made):
+            own = f"{name}, {number}" if number else name
+            print(json.dumps(measured(own, kernel)), flush=True)
+
+
+def measured(name: str, kernel: Any) -> dict[str, Any]:
+    """What a compiled kernel takes, and what it runs on."""
+    usage = tool("cuobjdump", "--dump-resource-usage", kernel.asm["cubin"])
+    found: dict[str, Any] = {
+        key.lower(): int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)
+    }
+    # Taking a kernel apart takes as long as making it: only products of several rows.
+    is_product = re.fullmatch(r"(matmul|biased|gated) .* (32|512)", name)
+    sass = tool("cuobjdump", "-sass", kernel.asm["cubin"]) if is_product else ""
+    found["tensor"] = sorted(set(re.findall(r"\b(HMMA|IMMA|HGMMA|QGMMA|IGMMA)\b", sass)))
+    # How many asynchronous products may be left unfinished where one waits for them.
+    waits = re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, (0x[0-9a-f]+)", sass)
+    found["waits"] = sorted({int(left, 16) for left in waits})
+    found["shared"] = kernel.metadata.shared
+    return {"name": name, **found}
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
+import re
 from pathlib import Path
 
 import numpy as np
@@ -200,20 +202,58 @@ def test_programs_that_are_none(tmp_path: Path, cache_dir: Path) -> None:
     bundle.pack(found, weights)
     text = bundle.program_json(found)
     raw = json.loads(text)
-    for changed in (
-        "", "[]", "{}", text[:-20], text.replace('"matmul"', '"__loader__"'),
-        json.dumps({**raw, "memladder_program": 9}), json.dumps({**raw, "buffers": []}),
-    ):  # fmt: skip
+    for changed in ("", "[]", "{}", text[:-20], "[" * 100_000):
         program.write_text(changed)
         with pytest.raises(FormatError, match="not a program of memladder"):
             bundle.load(program, weights)
-    program.write_text(text.replace('"down"', '"elsewhere"'))
-    with pytest.raises(FormatError, match="'elsewhere' is missing"):
+    program.write_text(json.dumps({**raw, "memladder_program": 2}))
+    with pytest.raises(FormatError, match="version 2, not 3; compile the layer again"):
         bundle.load(program, weights)
+    for changed in (
+        text.replace('"matmul"', '"__loader__"'), text.replace('"down"', '"elsewhere"'),
+        json.dumps({**raw, "buffers": []}), json.dumps({**raw, "seq_len": 1 << 40}),
+        json.dumps({**raw, "chunk": 0}), json.dumps({**raw, "activation": "fp7"}),
+    ):  # fmt: skip
+        program.write_text(changed)
+        with pytest.raises(FormatError, match=r"not the program of .*weights; compile the layer"):
+            bundle.load(program, weights)
     program.write_text(text)
     weights.write_bytes(weights.read_bytes()[:100])
     with pytest.raises(FormatError, match="not a readable safetensors file"):
         bundle.load(program, weights)
+
+
+def test_programs_that_were_changed(tmp_path: Path, cache_dir: Path) -> None:
+    """A byte here or there, lines dropped or swapped, numbers and words that are others."""
+    found = compile_file(exported("llama", "1x1", cache_dir), CompileOptions())
+    program, weights = tmp_path / "program.json", tmp_path / "weights"
+    bundle.pack(found, weights)
+    text = bundle.program_json(found)
+    program.write_text(text)
+    assert bundle.load(program, weights).program == found.program
+    pick = random.Random(0)
+    words = sorted(set(re.findall(r'"\w+"|-?\d+', text)))
+    for _ in range(350):
+        lines = text.splitlines(keepends=True)
+        one, other = pick.sample(range(len(lines)), 2)
+        kind = pick.randrange(4)
+        if kind == 0:
+            del lines[one]
+        elif kind == 1:
+            lines[one], lines[other] = lines[other], lines[one]
+        elif kind == 2:
+            word = pick.choice([*words, "-1", "null", "1e400", "[]", str(1 << 70)])
+            lines[one] = re.sub(r'"?[\w.-]+"?(?=,?\n)', lambda _, w=word: w, lines[one])
+        else:
+            place = pick.randrange(len(lines[one]))
+            lines[one] = lines[one][:place] + chr(pick.randrange(256)) + lines[one][place + 1 :]
+        changed = "".join(lines)
+        if changed == text:
+            continue
+        program.write_text(changed)
+        with pytest.raises(FormatError) as caught:
+            bundle.load(program, weights)
+        assert "\n" not in str(caught.value)
 
 
 X = Input(256, "x")

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ast
+import os
+import random
 import re
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +15,7 @@ import torch
 from onnx import TensorProto
 
 from memladder import load_layer, models
+from memladder.cli import compiling
 from memladder.core.case import Workload
 from memladder.core.errors import UsageError
 from memladder.models import onnx_export
@@ -72,6 +76,24 @@ def test_the_kernels_of_a_gpu_are_written_down(
     assert "    BITS = 4\n" in qkv
 
 
+def test_headers_of_inputs_that_were_changed(model: Path, tmp_path: Path) -> None:
+    """Nothing but one line, and no memory beyond the input's own, whatever the header says."""
+    path = tmp_path / "x.npy"
+    np.save(path, np.ones((2, 5, 8), np.float32))
+    whole = path.read_bytes()
+    pick = random.Random(0)
+    read = 0
+    for _ in range(500):
+        changed = bytearray(whole)
+        for _ in range(pick.randint(1, 4)):
+            changed[pick.randrange(128)] = pick.choice([pick.randrange(256), *b"0123456789(),'<>f"])
+        path.write_bytes(changed)
+        with suppress(UsageError):
+            assert compiling._states(path, (2, 5, 8)).shape == (2, 5, 8)
+            read += 1
+    assert read < 300
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -105,13 +127,30 @@ def test_run_refuses_in_one_line(memladder: Command, model: Path, tmp_path: Path
     np.save(tmp_path / "wide.npy", np.zeros((2, 5, 9), np.float16))
     np.save(tmp_path / "whole.npy", np.zeros((2, 5, 8), np.int64))
     np.save(tmp_path / "object.npy", np.array([{}], dtype=object), allow_pickle=True)
+    np.save(tmp_path / "large.npy", np.full((2, 5, 8), 1e6, np.float32))
+    np.save(tmp_path / "right.npy", np.zeros((2, 5, 8), np.float16))
+    whole = (tmp_path / "right.npy").read_bytes()
+    for name, content in (("empty", b""), ("head", whole[:100]), ("short", whole[:-2])):
+        (tmp_path / f"{name}.npy").write_bytes(content)
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "piped").mkdir()
+    os.mkfifo(tmp_path / "piped" / "program.json")
     for folder, given, said in (
-        ("none", "wide.npy", "none/program.json: No such file or directory"),
-        ("made", "none.npy", "none.npy: No such file or directory"),
+        ("none", "wide.npy", "none/program.json: no such file"),
+        ("made", "none.npy", "none.npy: no such file"),
         ("made", "wide.npy", "wide.npy: shape [2, 5, 9]; [2, 5, 8] wanted"),
         ("made", "whole.npy", "whole.npy: int64; float16 or float32 wanted"),
         ("made", "object.npy", "object.npy: not a .npy file of numbers"),
         ("made", "layer.onnx", "layer.onnx: not a .npy file of numbers"),
+        ("made", "empty.npy", "empty.npy: not a .npy file of numbers"),
+        ("made", "head.npy", "head.npy: not a .npy file of numbers"),
+        ("made", "short.npy", "short.npy: 79 numbers; 80 wanted"),
+        ("made", "large.npy", "hidden states hold 1e+06; the layer computes in float16"),
+        ("made", "pipe", "pipe: not a file, but a pipe"),
+        ("made", "/dev/zero", "/dev/zero: not a file, but a device"),
+        ("made", ".", ".: not a file, but a folder"),
+        ("made", "x" * 300, "File name too long"),
+        ("piped", "wide.npy", "piped/program.json: not a file, but a pipe"),
     ):
         done = memladder("run", folder, "--input", given, "--output", "y.npy", "--device", "cpu")
         assert (done.code, done.out) == (2, "")

@@ -4,9 +4,10 @@ import pytest
 
 from memladder.core.case import Case, Workload
 from memladder.core.errors import UnavailableError
-from memladder.core.record import Check
+from memladder.core.record import PHASES, Check
 from memladder.frameworks.base import Job, OutOfMemoryError
 from memladder.meter.inside.worker import failure
+from memladder.meter.outside.watch import Story, require_order
 from memladder.meter.protocol import (
     Checked,
     Failure,
@@ -18,6 +19,7 @@ from memladder.meter.protocol import (
     Mode,
     Order,
     PhaseStart,
+    Prepared,
     decode,
     decode_order,
     encode,
@@ -30,6 +32,8 @@ MESSAGES: list[Message] = [
     Hold(13),
     Finished(14, 3, {"dtype": "float16", "threads": 2}, {"weights": 5}),
     Checked((Check("llama", Workload(1, 1), 1, 1e-3, 2e-3),), {}),
+    Checked((Check("llama", Workload(1, 1), 1, float("inf"), 2e-3),), {}),
+    Prepared(),
     Failure(Kind.OOM, "no room", 5, None),
 ]
 
@@ -56,11 +60,50 @@ def test_messages_survive_the_pipe(message: Message) -> None:
         b'{"Order": {}}',
         b'{"Failure": {"kind": "measured", "message": "", "asked_bytes": null, "hint": null}}',
         b"[" * 100_000,
+        b'{"Hold": {"ns": 1' + b"0" * 400 + b"}}",
+        b'{"Hold": {"ns": NaN}}',
+        b'{"Hold": {"ns": 1e400}}',
+        b'{"Hold": {"ns": 1, "ns": 2}}',
+        b'{"Hold": {"ns": 1}, "Hold": {"ns": 1}}',
+        b'{"Prepared": {"ns": 1}}',
+        b'{"Finished": {"ns": 1, "passes": 1, "settings": {"a": Infinity}, "categories": {}}}',
+        b'{"Finished": {"ns": 1, "passes": 9223372036854775808, "settings": {}, "categories": {}}}',
     ],
 )
 def test_anything_else_is_refused(line: bytes) -> None:
     with pytest.raises(ValueError, match="not a worker's message"):
         decode(line)
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [Hold(5)],
+        [Finished(5, 1, {}, {})],
+        [PhaseStart("warm-up", 5)],
+        [PhaseStart("weights", 5), PhaseStart("context", 6)],
+        [PhaseStart("weights", 5), PhaseStart("weights", 6)],
+        [PhaseStart("weights", 5), Hold(4)],
+        [PhaseStart("weights", 5), PhaseStart("compile", 4)],
+        [PhaseStart("weights", 101)],
+        [PhaseStart("weights", -1)],
+        [PhaseStart("weights", 5), Finished(1 << 62, 1, {}, {})],
+    ],
+)
+def test_messages_out_of_order_are_refused(messages: list[Message]) -> None:
+    *before, last = messages
+    story = Story(starts=[start for start in before if isinstance(start, PhaseStart)])
+    with pytest.raises(ValueError, match="out of order"):
+        require_order(story, last, 100)
+
+
+def test_messages_in_order_are_taken() -> None:
+    story = Story()
+    for number, name in enumerate(PHASES):
+        require_order(story, PhaseStart(name, number), 100)
+        story.starts.append(PhaseStart(name, number))
+        require_order(story, Hold(number), 100)
+    require_order(story, Finished(50, 1, {}, {}), 100)
 
 
 def test_an_order_survives_the_pipe() -> None:

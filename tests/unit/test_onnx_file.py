@@ -50,7 +50,7 @@ def test_types_that_are_unknown(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("nodes", "said"),
     [
-        ([("Conv", ("x", "w"), "y")], "unsupported operator Conv 'conv_0'"),
+        ([("Conv", ("x", "kernel"), "y")], "unsupported operator Conv 'conv_0'"),
         ([("Softmax", "x", "y")], "operator Softmax 'softmax_0': a softmax of something else"),
         ([("MatMul", ("x", "w3"), "y")], "operator MatMul 'matmul_0': a product that is no linear"),
         ([("Reshape", ("x", "torn"), "y")], "operator Reshape 'reshape_0': .* tears tokens apart"),
@@ -63,6 +63,7 @@ def test_operators_that_are_not_compiled(nodes: Any, said: str, tmp_path: Path) 
     constants = {
         "w": np.ones((8, 4), np.float32),
         "w3": np.ones((2, 8, 8), np.float32),
+        "kernel": np.ones((3, 5, 1), np.float32),
         "torn": np.array([5, 2, 8]),
         "places": np.arange(5, dtype=np.float32).reshape(5, 1),
     }

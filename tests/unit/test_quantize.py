@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import signal
@@ -212,6 +213,16 @@ def test_fp16_of_an_fp16_checkpoint_is_exact(memladder: Command, bloom: Path) ->
     vectors = packed_layer.load(Path("out/bloom-layer0-fp16.safetensors")).vectors
     tensors = weights(BLOOM, "h.0.", torch.float16)
     assert torch.equal(vectors["up.bias"], tensors["h.0.mlp.dense_h_to_4h.bias"])
+
+
+def test_its_table_is_printed_on_an_ascii_terminal(
+    memladder: Command, bloom: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    assert memladder("quantize", bloom, "--format", "int4", "--out", "out").code == 0
+    terminal.flush()
+    assert b"192 x 192" in terminal.buffer.getvalue()  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("text", ["nf4", "mxfp4", "int8", "fp8:element=e5m2", "int4:group_size=64"])

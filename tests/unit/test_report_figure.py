@@ -295,6 +295,25 @@ def test_a_folder_that_takes_no_file_is_one_line(tmp_path):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["a $\\undefined{x}$ b", "$", "$$^", "\\frac{", "x" * 9000])
+def test_a_devices_name_is_text_and_no_formula(tmp_path, name):
+    from memladder.paper import figure11
+    from memladder.reports import figure
+
+    cell = Cell(2000.0, Status.MEASURED)
+    figure.draw_measured(
+        {("llama", "pytorch", Workload(1, 1)): cell},
+        figure11.grid(),
+        tmp_path / "x.png",
+        tmp_path / "x.pdf",
+        device_label=name,
+        subtitle="",
+        notes=(name,),
+        custom=False,
+    )
+    assert (tmp_path / "x.png").stat().st_size > 10_000
+
+
 def test_what_cannot_be_drawn_is_refused():
     with pytest.raises(UsageError, match="no records"):
         figure.measured_figure({}, figure11.grid(), device_label=DEVICE)

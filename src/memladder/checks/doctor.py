@@ -64,11 +64,13 @@ def gpu_findings(nvml: Nvml, chosen: str | None) -> Iterator[Finding]:
 
 def _gpu(name: str, device: Device) -> Iterator[Finding]:
     used, total = device.used_bytes(), device.memory_bytes
-    text = f"{device.name}, {format_bytes(used)} of {format_bytes(total)} in use"
-    busy = used > _BUSY_SHARE * total
-    yield Finding(
-        name, text, not busy, "end what runs on it, or expect less room" if busy else None
-    )
+    if total is None:
+        yield Finding(name, f"{device.name}; the driver does not tell its memory, only processes'")
+    else:
+        text = f"{device.name}, {format_bytes(used)} of {format_bytes(total)} in use"
+        busy = used > _BUSY_SHARE * total
+        fix = "end what runs on it, or expect less room" if busy else None
+        yield Finding(name, text, not busy, fix)
     for process in device.processes():
         told = process.used_bytes is not None
         size = format_bytes(process.used_bytes) if process.used_bytes is not None else "unknown"

@@ -5,7 +5,6 @@ stdout carries results only; progress, warnings and hints go to stderr.
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,10 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from memladder import frameworks, models
+from memladder.cli.console import plain_console
 from memladder.core.case import Case, Workload
 from memladder.core.errors import UnavailableError, UsageError
 from memladder.core.files import writable_folder, write_atomic
@@ -29,6 +30,7 @@ from memladder.meter.outside import runner
 from memladder.models import LayerConfig
 from memladder.models.cache import default_dir
 from memladder.paper import rows
+from memladder.reports import printing
 from memladder.sweeps import cases as sweep_cases
 from memladder.sweeps import store
 from memladder.sweeps.executors import serial
@@ -36,7 +38,6 @@ from memladder.sweeps.executors import serial
 if TYPE_CHECKING:
     from memladder.engine.packed.packing import Progress
 
-_WIDTH = 120
 # Ended as the protocol foresees; anything else is a failure of the run.
 _GOOD = (Status.MEASURED, Status.PLANNED, Status.OOM)
 
@@ -102,17 +103,6 @@ class Request:
         )
 
 
-def plain_console(stderr: bool = False) -> Console:
-    """A console that prints text as it is: `memladder[pytorch]` is no markup.
-
-    Where nobody's terminal sets the width, tables have room for their numbers.
-    """
-    found = Console(stderr=stderr, markup=False, highlight=False)
-    if not found.is_terminal and "COLUMNS" not in os.environ:
-        found.width = max(found.width, _WIDTH)
-    return found
-
-
 def draw_published(output_dir: Path) -> None:
     """Draw the published figure as `png/` and `pdf/memory_usage_a100.*`."""
     from memladder.paper import figure11
@@ -123,11 +113,30 @@ def draw_published(output_dir: Path) -> None:
 
 
 def draw_store(path: Path, output_dir: Path) -> None:
-    """Draw the measured figure and its table from a store."""
+    """Draw the measured figure and its table from a store: one for each device in it."""
     contents = _read_store(path)
     if not contents.records:
         raise UsageError(f"{path} holds no records")
-    _draw(contents.records, contents.verifications, output_dir)
+    for device, records in _by_device(contents.records).items():
+        checks = [item for item in contents.verifications if item.device == device]
+        _draw(records, checks, output_dir)
+
+
+def _by_device(records: Sequence[Record]) -> dict[str, list[Record]]:
+    """What one figure can show, in the records' order: a device's records, and every plan, which is
+    of its target wherever it was made; of two of a case, the one made on the device."""
+    plans = [record for record in records if record.plan is not None]
+    ran = [record for record in records if record.plan is None]
+    found = {}
+    for device in dict.fromkeys(record.case.device for record in ran or plans[:1]):
+        last = sorted(plans, key=lambda plan: plan.case.device == device)
+        shown = {record.case.id: record for record in last}
+        found[device] = [
+            record
+            for record in records
+            if (record.case.device == device if record.plan is None else record in shown.values())
+        ]
+    return found
 
 
 def _draw(
@@ -159,7 +168,8 @@ def _layers(records: Iterable[Record]) -> str:
     """Which layers were measured, where they are not the figure's."""
     found = {
         record.case.model: f"{models.title(record.case.model)} layer of "
-        f"{record.layer.parameters:,} parameters, hidden size {record.layer.config['hidden_size']}"
+        f"{record.layer.parameters:,} parameters, "
+        f"hidden size {record.layer.config.get('hidden_size', 'unknown')}"
         for record in records
         if record.layer is not None
     }
@@ -236,7 +246,7 @@ def _measure_one(job: Job, options: serial.SweepOptions, kept: store.Store) -> R
             frameworks.get(name),
             repeats=options.repeats,
             limits=options.limits,
-            log_path=kept.log_path(job.case.id),
+            log_path=kept.log_path(kept.name(job.case)),
             on_event=lambda event: status.update(f"{job.case.id}: {event}"),
         )
 
@@ -257,6 +267,8 @@ def sweep(request: Request) -> int:
     """Measure the figure's cases here, draw them. 0 when all that could run was measured."""
     from memladder.sweeps.live import SweepView
 
+    if request.results is not None:
+        store.require_results(request.results)
     device = environment.resolve_device(request.device)
     names = request.framework_names
     shapes = request.workloads
@@ -279,7 +291,11 @@ def sweep(request: Request) -> int:
     ]
     records = [*outcome.records, *unavailable]
     if request.results is not None:
-        store.merge_results(request.results, list(outcome.records), list(outcome.verifications))
+        told = store.merge_results(
+            request.results, list(outcome.records), list(outcome.verifications)
+        )
+        for line in told:
+            print(f"warning: {line}", file=sys.stderr)
     _draw(records, outcome.verifications, request.output_dir)
     return 0 if outcome.succeeded else 1
 
@@ -312,9 +328,8 @@ def verify(request: Request) -> int:
         raise UsageError(f"none of the frameworks {', '.join(names)} can run on {device} here")
     options = request.options()
     kept = store.Store(request.log)
-    table = Table(
-        *("framework", "model", "shape", "tokens", "error", "tolerance", "agrees", "SQNR, dB")
-    )
+    table = Table("framework", "model")
+    printing.add_numbers(table, "shape", "tokens", "error", "tolerance", "agrees", "SQNR, dB")
     structure = Table("framework", "model", "shape", "agrees", "held, as the output can't be read")
     agree = True
     with kept.locked():
@@ -347,7 +362,7 @@ def verify(request: Request) -> int:
     for one in (table, structure):
         one.columns[0].no_wrap = True
         if one.row_count:
-            plain_console().print(one)
+            printing.print_table(plain_console(), one)
     return 0 if agree else 1
 
 
@@ -399,10 +414,16 @@ def _tell_cut(key: str, cut: str, shipped_s: float, best_s: float) -> None:
 def show_frameworks(device: str) -> None:
     """Print what can run on the device here, and what is missing for the rest."""
     resolved = environment.resolve_device(device)
-    table = Table()
-    table.add_column("key", no_wrap=True)
-    for column in ("system", f"on {resolved}", "version", "why not", "to get it"):
-        table.add_column(column, overflow="fold")
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for column, is_firm in (
+        ("key", True),
+        ("system", False),
+        (f"on {resolved}", True),
+        ("version", True),
+        ("why not", False),
+        ("to get it", False),
+    ):
+        table.add_column(column, overflow="fold", no_wrap=is_firm)
     for name in sweep_cases.parse_frameworks("all", first=rows.SYSTEMS):
         found = sweep_cases.availability(name, resolved)
         table.add_row(
@@ -413,7 +434,7 @@ def show_frameworks(device: str) -> None:
             found.reason or "",
             found.install or "",
         )
-    plain_console().print(table)
+    printing.print_table(plain_console(), table)
 
 
 def show_record(path: Path) -> None:
@@ -460,7 +481,7 @@ def doctor() -> int:
     for finding in found:
         style = None if finding.good else "yellow"
         table.add_row(finding.subject, finding.text, finding.fix or "", style=style)
-    plain_console().print(table)
+    printing.print_table(plain_console(), table)
     return 0 if all(finding.good for finding in found) else 1
 
 
@@ -470,7 +491,8 @@ def calibrate(device: str, output_dir: Path) -> int:
 
     resolved = environment.resolve_device(device)
     kept = store.Store(output_dir / "log")
-    table = Table("device", "allocated", "read", "difference", "bound", "holds")
+    table = Table("device")
+    printing.add_numbers(table, "allocated", "read", "difference", "bound", "holds")
     holds = True
     with kept.locked():
         for reading in calibration.calibrate(resolved, kept.log_path("calibration")):
@@ -483,14 +505,14 @@ def calibrate(device: str, output_dir: Path) -> int:
                 format_bytes(reading.bound_bytes),
                 "yes" if reading.holds else "NO",
             )
-    plain_console().print(table)
+    printing.print_table(plain_console(), table)
     return 0 if holds else 1
 
 
 def _read_store(path: Path) -> store.Contents:
     contents = store.read(path)
-    for name, reason in contents.foreign.items():
-        print(f"warning: {name} is not a record of memladder ({reason}); left out", file=sys.stderr)
+    for line in contents.complaints():
+        print(f"warning: {line}; left out", file=sys.stderr)
     return contents
 
 

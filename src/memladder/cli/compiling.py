@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from memladder.cli.actions import needed, progress_bar
 from memladder.core.errors import UsageError
-from memladder.core.files import write_atomic
+from memladder.core.files import open_regular, write_atomic
 from memladder.core.units import format_bytes
 
 if TYPE_CHECKING:
@@ -60,20 +61,18 @@ def _summary(found: Result, out: Path) -> str:
     return f"{out}: {steps} steps, arena {format_bytes(found.plan.nbytes)}, chunk {found.chunk}"
 
 
-def run_folder(folder: Path, given: Path, out: Path, device: str | None) -> None:
-    """Run a compiled layer, from one .npy file to another; `device` as in `load_layer`."""
+def run_folder(folder: Path, given: Path, out: Path, device: str | None, check: str) -> None:
+    """Run a compiled layer, from one .npy file to another; `device`, `check` as in `load_layer`."""
     with needed("run", "ladder"):
         import numpy as np
         import torch
 
         from memladder.engine.run.layer import load_compiled
 
-    layer, shape = load_compiled(folder, device)
-    states = _states(given)
+    layer, shape = load_compiled(folder, device, check)
     wanted = (shape.batch_size, shape.seq_len, layer.packed.form.fused.hidden_size)
-    if states.shape != wanted:
-        raise UsageError(f"{given}: shape {list(states.shape)}; {list(wanted)} wanted")
-    found = layer(torch.from_numpy(states).to(layer.device)).cpu().numpy()
+    states = torch.from_numpy(_states(given, wanted))
+    found = layer(states.to(layer.device)).cpu().numpy()
     part = out.with_name(f".{out.name}.{os.getpid()}.npy")
     try:
         np.save(part, found)
@@ -81,22 +80,33 @@ def run_folder(folder: Path, given: Path, out: Path, device: str | None) -> None
     except OSError as error:
         raise UsageError(f"cannot write {out}: {error.strerror or error}") from None
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
 
 
-def _states(path: Path) -> np.ndarray:
+def _states(path: Path, wanted: tuple[int, ...]) -> np.ndarray:
+    """The numbers in a .npy file, of which nothing but a header is read before it fits."""
     import numpy as np
+    from numpy.lib import format as npy
 
-    try:
-        found = np.load(path, allow_pickle=False)
-    except OSError as error:
-        raise UsageError(f"{path}: {error.strerror or error}") from None
-    except ValueError:
-        raise UsageError(f"{path}: not a .npy file of numbers") from None
-    if not isinstance(found, np.ndarray) or found.dtype not in (np.float16, np.float32):
-        kind = getattr(found, "dtype", "an archive")
-        raise UsageError(f"{path}: {kind}; float16 or float32 wanted")
-    return found
+    with open_regular(path) as file:
+        try:
+            reader = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
+            shape, by_column, dtype = reader[npy.read_magic(file)](file)
+        except Exception:
+            # A library's parser: any way in which it fails is the same to the user.
+            dtype = np.dtype(object)
+        if dtype.hasobject:
+            raise UsageError(f"{path}: not a .npy file of numbers")
+        if dtype not in (np.float16, np.float32):
+            raise UsageError(f"{path}: {dtype}; float16 or float32 wanted")
+        if shape != wanted:
+            raise UsageError(f"{path}: shape {list(shape)}; {list(wanted)} wanted")
+        count = math.prod(shape)
+        numbers = np.fromfile(file, dtype, count)
+    if len(numbers) != count:
+        raise UsageError(f"{path}: {len(numbers)} numbers; {count} wanted")
+    return numbers.reshape(shape, order="F" if by_column else "C")
 
 
 @contextmanager

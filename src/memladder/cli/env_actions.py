@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from memladder import frameworks
+from memladder.cli.console import plain_console
 from memladder.core.errors import UsageError
 from memladder.environments import ask, install, interpreter
 from memladder.meter import environment
+from memladder.reports.printing import print_table
 
 # How many packages a requirements file brings with it, as its comment says.
 _PACKAGES = re.compile(r"^# packages: (\d+)", re.MULTILINE)
 _FOUND = re.compile(r"Collecting (\S+)")
 _WIDTH = 60
-_TABLE_WIDTH = 120
 
 
 def create(framework: str, device: str, python: str | None) -> None:
@@ -64,10 +63,7 @@ def show() -> None:
             str(item.interpreter.python),
             _advice(item),
         )
-    console = Console(markup=False, highlight=False)
-    if not console.is_terminal and "COLUMNS" not in os.environ:
-        console.width = max(console.width, _TABLE_WIDTH)
-    console.print(table)
+    print_table(plain_console(), table)
 
 
 def _advice(item: install.Listed) -> str:
@@ -98,14 +94,14 @@ def _tell(name: str, device: str) -> None:
 
 
 def _say(text: str) -> None:
-    Console(stderr=True, markup=False, highlight=False).print(text)
+    plain_console(stderr=True).print(text)
 
 
 @contextmanager
 def _progress(name: str, wanted: Path) -> Iterator[Callable[[str], None]]:
     """A bar that counts packages found, with what the installer says beside it; it goes away."""
-    found = _PACKAGES.search(wanted.read_text())
-    console = Console(stderr=True, markup=False, highlight=False)
+    found = _PACKAGES.search(wanted.read_text(encoding="utf-8"))
+    console = plain_console(stderr=True)
     columns = (
         TextColumn(f"environment {name}"),
         BarColumn(),

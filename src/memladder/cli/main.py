@@ -15,6 +15,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from memladder import __version__
+from memladder.cli.console import take_any_text
 from memladder.core.case import MAX_BATCH_SIZE, MAX_SEQ_LEN
 from memladder.core.errors import MemladderError, UnavailableError, UsageError
 
@@ -362,11 +363,14 @@ def run_layer(
     device: Annotated[
         str | None, typer.Option(metavar="cpu|cuda:N", help="Default: a GPU where there is one.")
     ] = None,
+    check: Annotated[
+        str, typer.Option(metavar="output|steps|none", help="Where to look for NaN and infinity.")
+    ] = "output",
 ) -> None:
     """Run a compiled layer on a GPU, or on the CPU."""
     from memladder.cli import compiling
 
-    compiling.run_folder(folder, given, out, device)
+    compiling.run_folder(folder, given, out, device, check)
 
 
 @app.command()
@@ -468,6 +472,7 @@ def _interrupt(*_: object) -> NoReturn:
 
 def _run(application: typer.Typer) -> NoReturn:
     """Run an application; every expected error is one line on stderr and exit status 2."""
+    take_any_text()
     for name in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(name, _interrupt)
     arguments = sys.argv[1:] or (["--help"] if application is app else [])

@@ -10,14 +10,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.table import Table
+from rich.table import Column, Table
 
 from memladder import models
-from memladder.cli.actions import needed, plain_console, progress_bar
+from memladder.cli.actions import needed, progress_bar
+from memladder.cli.console import plain_console
 from memladder.core.errors import FormatError, UsageError
 from memladder.core.files import writable_folder, write_atomic
 from memladder.core.units import mib
 from memladder.models import cache
+from memladder.reports.printing import add_numbers, print_table
 
 if TYPE_CHECKING:
     from memladder.engine.packed.packing import MatrixReport
@@ -78,7 +80,7 @@ def quantize(folder: Path, number: int, text: str, out: Path) -> None:
     except BaseException:
         path.unlink()
         raise
-    plain_console().print(_quantised_table(found))
+    print_table(plain_console(), _quantised_table(found))
     print(f"{path}\n{summary}")
 
 
@@ -99,9 +101,8 @@ def _finite(number: float) -> float | None:
 
 
 def _quantised_table(found: Mapping[str, Any]) -> Table:
-    table = Table("matrix", "shape")
-    for title in ("MiB", "bits/weight", "SQNR dB"):
-        table.add_column(title, justify="right")
+    table = Table("matrix", Column("shape", no_wrap=True))
+    add_numbers(table, "MiB", "bits/weight", "SQNR dB")
 
     def add(name: str, shape: str, row: Mapping[str, Any]) -> None:
         sqnr = "exact" if row["sqnr_db"] is None else f"{row['sqnr_db']:.2f}"

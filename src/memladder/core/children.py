@@ -42,7 +42,7 @@ def run(
         input=given,
         stdin=subprocess.DEVNULL if given is None else None,
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         errors="replace",
         timeout=timeout_s,
         env=_environ(env),

@@ -1,9 +1,14 @@
-"""NVIDIA devices as NVML shows them, from outside any CUDA program."""
+"""NVIDIA devices as NVML shows them, from outside any CUDA program.
+
+The one place that knows which GPU `cuda:N` is. A driver may refuse to tell the memory of a device
+(Grace Blackwell's GB10, Jetson, a slice in a container): that is `UNKNOWN`, never an error.
+"""
 
 from __future__ import annotations
 
 import importlib
 import os
+import re
 from collections.abc import Iterable
 from functools import cache
 from typing import Any, NamedTuple
@@ -51,24 +56,32 @@ class Device:
         return str(self._library.nvmlDeviceGetName(self._handle))
 
     @property
-    def memory_bytes(self) -> int:
-        """Memory in all, what the driver keeps for itself included."""
-        return int(self._memory().total)
+    def compute_capability(self) -> tuple[int, int] | None:
+        """Major and minor; None where the driver does not tell."""
+        found = _asked(self._library, "nvmlDeviceGetCudaComputeCapability", self._handle)
+        if found is None:
+            # A slice is of its GPU's kind.
+            name = "nvmlDeviceGetDeviceHandleFromMigDeviceHandle"
+            whole = _asked(self._library, name, self._handle)
+            found = whole and _asked(self._library, "nvmlDeviceGetCudaComputeCapability", whole)
+        return (int(found[0]), int(found[1])) if found else None
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """Memory in all, what the driver keeps for itself included; None where it is not told."""
+        memory = self._memory()
+        return None if memory is None else int(memory.total)
 
     def used_bytes(self) -> int:
-        """Memory in use by all processes, without what the driver keeps for itself."""
-        return int(self._memory().used)
+        """Memory in use by all processes, without what the driver keeps for itself; `UNKNOWN` where
+        it is not told."""
+        memory = self._memory()
+        return UNKNOWN if memory is None else int(memory.used)
 
     def processes(self) -> tuple[DeviceProcess, ...]:
         """Processes with a compute context; empty too where NVML does not list them."""
-        try:
-            found = self._library.nvmlDeviceGetComputeRunningProcesses_v3(self._handle)
-        except (
-            self._library.NVMLError_NotSupported,
-            self._library.NVMLError_NoPermission,
-            self._library.NVMLError_FunctionNotFound,
-        ):
-            return ()
+        name = "nvmlDeviceGetComputeRunningProcesses_v3"
+        found = _asked(self._library, name, self._handle) or ()
         return tuple(DeviceProcess(int(one.pid), one.usedGpuMemory) for one in found)
 
     def read(self, pids: Iterable[int]) -> Reading:
@@ -86,9 +99,8 @@ class Device:
 
     def _memory(self) -> Any:
         # Version 2 counts the driver's own reserve apart, as nvidia-smi does.
-        return self._library.nvmlDeviceGetMemoryInfo(
-            self._handle, version=self._library.nvmlMemory_v2
-        )
+        version = self._library.nvmlMemory_v2
+        return _asked(self._library, "nvmlDeviceGetMemoryInfo", self._handle, version=version)
 
 
 class Nvml:
@@ -115,53 +127,106 @@ class Nvml:
 
     def devices(self) -> tuple[Device, ...]:
         """All GPUs of the machine, in PCI order."""
-        count = self._library.nvmlDeviceGetCount()
-        return tuple(self._by_index(index) for index in range(count))
+        return tuple(Device(self._library, handle) for handle in self._handles())
 
     def visible(self, chosen: str | None) -> tuple[Device, ...]:
         """The GPUs that a CUDA program sees as 0, 1, …, given CUDA_VISIBLE_DEVICES.
 
-        Numbers are in PCI order: the runner sets CUDA_DEVICE_ORDER so. As in CUDA, the first
-        entry that names no GPU ends the list.
-        Source: CUDA programming guide, "CUDA environment variables".
+        Numbers are in PCI order: the runner sets CUDA_DEVICE_ORDER so. As in CUDA, the first entry
+        that names no GPU ends the list, a list that names one twice is empty, all entries are of
+        the first one's kind (number, `GPU-…`, `MIG-…`), and identifiers may be cut as far as they
+        stay unique. A GPU that is cut into slices stands for its first; a slice ends the list.
+        Sources: CUDA programming guide, "CUDA environment variables"; MIG user guide, "CUDA device
+        enumeration"; `torch.cuda._parse_visible_devices`.
         """
-        if chosen is None:
-            return self.devices()
+        handles = self._handles()
+        wanted = handles if chosen is None else self._chosen(chosen, handles)
         found: list[Device] = []
-        for entry in (part.strip() for part in chosen.split(",")):
-            device = self._named(entry)
-            if device is None:
+        for one in wanted:
+            handle = one if self._is_slice(one) else self._usable(one)
+            if handle is not None:
+                found.append(Device(self._library, handle))
+            if handle is None or self._is_slice(handle):
                 break
-            found.append(device)
         return tuple(found)
 
-    def _by_index(self, index: int) -> Device:
-        return Device(self._library, self._library.nvmlDeviceGetHandleByIndex(index))
+    def _handles(self) -> list[Any]:
+        count = self._library.nvmlDeviceGetCount()
+        return [self._library.nvmlDeviceGetHandleByIndex(index) for index in range(count)]
 
-    def _named(self, entry: str) -> Device | None:
-        library = self._library
-        if entry.isdecimal():
-            return self._by_index(int(entry)) if int(entry) < library.nvmlDeviceGetCount() else None
-        if entry.startswith("MIG-"):
-            try:
-                return Device(library, library.nvmlDeviceGetHandleByUUID(entry))
-            except library.NVMLError:
-                return None
-        if not entry.startswith("GPU-"):
-            return None
-        handles = [
-            library.nvmlDeviceGetHandleByIndex(index)
-            for index in range(library.nvmlDeviceGetCount())
-        ]
-        # CUDA takes the beginning of an identifier if only one device has it.
-        matches = [one for one in handles if library.nvmlDeviceGetUUID(one).startswith(entry)]
-        return Device(library, matches[0]) if len(matches) == 1 else None
+    def _chosen(self, chosen: str, handles: list[Any]) -> list[Any]:
+        entries = [part.strip() for part in chosen.split(",")]
+        prefix = next((one for one in ("GPU-", "MIG-") if entries[0].startswith(one)), None)
+        names: list[str] = []
+        for entry in entries:
+            if prefix is None:
+                # As C's strtoul reads it: `1st` is 1.
+                number = re.match(r"\+?(\d{1,9})", entry)
+                name = str(int(number[1])) if number else None
+            else:
+                name = entry if entry.startswith(prefix) else None
+            if name is None:
+                break
+            if name in names:
+                return []
+            names.append(name)
+        found: list[Any] = []
+        uuids: list[str] = []
+        for name in names:
+            handle = self._of(name, handles)
+            if handle is None:
+                break
+            uuid = self._library.nvmlDeviceGetUUID(handle)
+            if uuid in uuids:
+                return []
+            found.append(handle)
+            uuids.append(uuid)
+        return found
+
+    def _of(self, name: str, handles: list[Any]) -> Any:
+        if name.isdecimal():
+            return handles[int(name)] if int(name) < len(handles) else None
+        if name.startswith("MIG-"):
+            exact = _asked(self._library, "nvmlDeviceGetHandleByUUID", name)
+            if exact is not None:
+                return exact
+            handles = [one for whole in handles for one in self._slices(whole)]
+        matches = [one for one in handles if self._library.nvmlDeviceGetUUID(one).startswith(name)]
+        return matches[0] if len(matches) == 1 else None
+
+    def _usable(self, handle: Any) -> Any:
+        """The GPU, or its first slice where it is cut; None where it is cut and has none."""
+        mode = _asked(self._library, "nvmlDeviceGetMigMode", handle)
+        if not mode or not mode[0]:
+            return handle
+        return next(iter(self._slices(handle)), None)
+
+    def _slices(self, handle: Any) -> list[Any]:
+        count = _asked(self._library, "nvmlDeviceGetMaxMigDeviceCount", handle) or 0
+        named = "nvmlDeviceGetMigDeviceHandleByIndex"
+        found = (_asked(self._library, named, handle, index) for index in range(count))
+        return [one for one in found if one is not None]
+
+    def _is_slice(self, handle: Any) -> bool:
+        return str(self._library.nvmlDeviceGetUUID(handle)).startswith("MIG-")
+
+
+def _asked(library: Any, name: str, *arguments: Any, **options: Any) -> Any:
+    """What NVML answers; None where it refuses, or the driver lacks the function."""
+    try:
+        return getattr(library, name)(*arguments, **options)
+    except (library.NVMLError, AttributeError):
+        return None
 
 
 @cache
 def nvml() -> Nvml:
     """This machine's NVML, opened once. Raises DeviceError saying why there is none."""
-    return Nvml(importlib.import_module("pynvml"))
+    try:
+        library = importlib.import_module("pynvml")
+    except ModuleNotFoundError:
+        raise DeviceError("nvidia-ml-py is not installed here, so no driver was asked") from None
+    return Nvml(library)
 
 
 def visible_devices() -> tuple[Device, ...]:
@@ -179,3 +244,12 @@ def device(name: str) -> Device | None:
         here = ", ".join(f"cuda:{i} ({one.name})" for i, one in enumerate(seen)) or "no GPU"
         raise DeviceError(f"{name} is not here; visible: {here}")
     return seen[index]
+
+
+def compute_capability(name: str) -> tuple[int, int] | None:
+    """Compute capability of a device name; None for `cpu`, and where no driver tells it."""
+    try:
+        found = device(name)
+    except DeviceError:
+        return None
+    return None if found is None else found.compute_capability

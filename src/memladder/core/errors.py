@@ -5,6 +5,7 @@ MemladderError            one clear line; the command line prints it and exits w
 ├── ConfigError           a model's config.json is missing, broken, or of another type
 ├── FormatError           a number format is unknown, or values or packed weights do not fit it
 ├── GraphError            an ONNX model can't be read, or holds what the engine does not compile
+├── OverflowedError       values, of the input or within a layer, are beyond the engine's float16
 ├── DeviceError           the device asked for is not here
 ├── UnavailableError      a framework can't run here; carries the command that installs it
 ├── LockedError           another memladder works in the same folder
@@ -34,6 +35,10 @@ class FormatError(MemladderError):
 
 class GraphError(MemladderError):
     """An ONNX model can't be read, or holds what the engine does not compile."""
+
+
+class OverflowedError(MemladderError):
+    """Values, of the input or within a layer, are beyond the engine's float16."""
 
 
 class DeviceError(MemladderError):

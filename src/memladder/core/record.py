@@ -6,7 +6,6 @@ monotonic clock.
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Mapping
@@ -17,7 +16,7 @@ from memladder.core import serial
 from memladder.core.case import Case, Workload
 from memladder.core.errors import MemladderError, RecordError
 from memladder.core.plan import CompilerPlan
-from memladder.core.serial import StrEnum
+from memladder.core.serial import AnyFloat, StrEnum
 
 SCHEMA = 1
 T = TypeVar("T")
@@ -48,11 +47,12 @@ class Source(StrEnum):
 
 @dataclass(frozen=True)
 class Machine:
-    """Where a case ran. `device` is the GPU's name, or the processor's for the CPU."""
+    """Where a case ran. `device` is the GPU's name, or the processor's for the CPU; its memory is
+    None where the driver does not tell it."""
 
     device: str
     # Virtual machines exist that grow as memory is used: sizes say nothing of which machine it is.
-    device_memory_bytes: int = field(compare=False)
+    device_memory_bytes: int | None = field(compare=False)
     driver: str | None
     cuda: str | None
     cpu: str
@@ -137,7 +137,10 @@ class PhaseUse:
 
     def __post_init__(self) -> None:
         if self.name not in PHASES:
-            raise RecordError(f"phase {self.name!r} is not one of {', '.join(PHASES)}")
+            raise RecordError(f"phase {self.name[:40]!r} is not one of {', '.join(PHASES)}")
+        _refuse_negative(f"phase {self.name}", self)
+        if self.end_s < self.start_s:
+            raise RecordError(f"phase {self.name} ends at {self.end_s} s, before it starts")
 
 
 @dataclass(frozen=True)
@@ -166,10 +169,26 @@ class Run:
     categories: Mapping[str, int]
     trace: tuple[TracePoint, ...]
 
+    def __post_init__(self) -> None:
+        names = [phase.name for phase in self.phases]
+        if names != [name for name in PHASES if name in names] or "steady" not in names:
+            raise RecordError(f"a run's phases are {', '.join(names)}; they end with steady")
+        _refuse_negative("a run", self)
+        _refuse_negative("a category", self.categories)
+        if not self.steady_bytes:
+            raise RecordError("a run that took no memory in its steady phase")
+
+    def phase(self, name: str) -> PhaseUse:
+        """The phase of that name. Raises RecordError where the run has none."""
+        for phase in self.phases:
+            if phase.name == name:
+                return phase
+        raise RecordError(f"a run without the phase {name}")
+
     @property
     def steady_bytes(self) -> int:
         """High-water mark of the steady phase: what the process needs to go on working."""
-        return next(phase.peak_bytes for phase in self.phases if phase.name == "steady")
+        return self.phase("steady").peak_bytes
 
     @property
     def peak_bytes(self) -> int:
@@ -207,9 +226,7 @@ class Record:
             raise RecordError(f"{self.case.id}: {self.asked_bytes} bytes, plan {self.plan.nbytes}")
         if self.status is not Status.MEASURED and not self.reason:
             raise RecordError(f"{self.case.id}: status {self.status} without a reason")
-        for run in self.runs:
-            if "steady" not in {phase.name for phase in run.phases}:
-                raise RecordError(f"{self.case.id}: a run without a steady phase")
+        _refuse_negative(self.case.id, self)
 
     @property
     def steady_bytes(self) -> int | None:
@@ -242,9 +259,12 @@ class Check:
     model: str
     shape: Workload
     tokens: int
-    error: float
+    error: AnyFloat
     tolerance: float
-    quantisation_error: float | None = None
+    quantisation_error: AnyFloat | None = None
+
+    def __post_init__(self) -> None:
+        _refuse_negative(f"the check of {self.model}", self)
 
     @property
     def sqnr_db(self) -> float | None:
@@ -273,6 +293,9 @@ class StructureCheck:
     expected_bytes: int
     differing: tuple[str, ...]
 
+    def __post_init__(self) -> None:
+        _refuse_negative(f"the check of {self.model}", self)
+
     @property
     def agrees(self) -> bool:
         """One layer, all of its parameters, in the row's format."""
@@ -287,6 +310,14 @@ class StructureCheck:
             f"{layers}, {shapes}, {self.weight_bytes} bytes of weights where "
             f"{self.expected_bytes} are expected"
         )
+
+
+def _refuse_negative(what: str, holder: object) -> None:
+    """Raise RecordError where a number of a dataclass or mapping is below zero."""
+    numbers = holder if isinstance(holder, Mapping) else vars(holder)
+    for name, value in numbers.items():
+        if isinstance(value, (int, float)) and value < 0:
+            raise RecordError(f"{what}: {name} is {value}, and can't be below 0")
 
 
 def weights_fit(held: int, expected: int) -> bool:
@@ -329,7 +360,7 @@ class Verification:
 
 def dumps(record: Record | Verification) -> str:
     """The JSON text of a record."""
-    return json.dumps(serial.to_json(record), indent=1, allow_nan=True) + "\n"
+    return serial.dumps(record, indent=1) + "\n"
 
 
 def loads_record(text: str) -> Record:
@@ -344,6 +375,6 @@ def loads_verification(text: str) -> Verification:
 
 def _loads(kind: type[T], text: str) -> T:
     try:
-        return serial.from_json(kind, json.loads(text))
-    except (ValueError, MemladderError, RecursionError) as error:
+        return serial.from_json(kind, serial.loads(text))
+    except (ValueError, MemladderError) as error:
         raise RecordError(f"not a memladder {kind.__name__.lower()}: {error}") from None

@@ -2,16 +2,29 @@
 Only a field that is younger than some files may be missing: its default is None, or `younger`.
 
 JSON is read by nothing but this, so that a foreign or damaged file can never become a number.
+Numbers, texts and depth are bounded as they are read: `MAX_INT`, `MAX_TEXT`, `MAX_DEPTH`. A float
+is finite; one that need not be is annotated `AnyFloat`, and is a text in JSON, which has no NaN.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
 import sys
 import types
 from collections.abc import Mapping
 from functools import cache
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import (
+    Annotated,
+    Any,
+    NoReturn,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 if sys.version_info >= (3, 11):
     from enum import StrEnum
@@ -24,9 +37,16 @@ else:
         __str__ = str.__str__
 
 
-__all__ = ["StrEnum", "from_json", "to_json", "younger"]
+__all__ = ["AnyFloat", "StrEnum", "dumps", "from_json", "loads", "to_json", "younger"]
 
 T = TypeVar("T")
+
+MAX_INT = (1 << 63) - 1
+MAX_TEXT = 1 << 16
+MAX_DEPTH = 32
+
+AnyFloat = Annotated[float, "NaN and infinities too"]
+_NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 def to_json(value: Any) -> Any:
@@ -39,7 +59,35 @@ def to_json(value: Any) -> Any:
         return [to_json(item) for item in value]
     if isinstance(value, StrEnum):
         return value.value
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     return value
+
+
+def dumps(value: Any, **options: Any) -> str:
+    """JSON text of what `to_json` takes; `options` are those of `json.dumps`."""
+    return json.dumps(to_json(value), allow_nan=False, **options)
+
+
+def loads(text: str | bytes) -> Any:
+    """JSON values of a text by RFC 8259: no NaN, no name twice. Raises ValueError."""
+    try:
+        return json.loads(text, parse_constant=_refuse, object_pairs_hook=_object)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def _refuse(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in found if names.count(name) > 1)
+        raise ValueError(f"the name {twice[:60]!r} is there twice in one object")
+    return found
 
 
 def from_json(kind: type[T], data: Any, where: str = "$") -> T:
@@ -54,13 +102,17 @@ def younger(default: Any) -> Any:
 
 @cache
 def _hints(kind: type) -> dict[str, Any]:
-    return get_type_hints(kind)
+    return get_type_hints(kind, include_extras=True)
 
 
 def _read(kind: Any, data: Any, where: str) -> Any:
     if kind is Any:
+        _bound(data, where)
         return data
     origin = get_origin(kind)
+    if origin is Annotated:
+        named = isinstance(data, str) and data in _NOT_FINITE
+        return _NOT_FINITE[data] if named else _read(float, data, where)
     if origin in (Union, types.UnionType):
         return _read_union(get_args(kind), data, where)
     if origin is tuple:
@@ -68,6 +120,8 @@ def _read(kind: Any, data: Any, where: str) -> Any:
     if origin is not None and issubclass(origin, Mapping):
         item = get_args(kind)[1]
         _expect(isinstance(data, dict), data, "an object", where)
+        for key in data:
+            _bound(key, where)
         return {key: _read(item, value, f"{where}.{key}") for key, value in data.items()}
     if dataclasses.is_dataclass(kind):
         return _read_dataclass(kind, data, where)
@@ -78,8 +132,10 @@ def _read(kind: Any, data: Any, where: str) -> Any:
         _expect(
             isinstance(data, (int, float)) and not isinstance(data, bool), data, "a number", where
         )
+        _bound(data, where)
         return float(data)
     _expect(type(data) is kind, data, kind.__name__, where)
+    _bound(data, where)
     return data
 
 
@@ -90,6 +146,7 @@ def _read_union(kinds: tuple[Any, ...], data: Any, where: str) -> Any:
     if len(rest) == 1:
         return _read(rest[0], data, where)
     _expect(any(type(data) is kind for kind in rest), data, "a scalar", where)
+    _bound(data, where)
     return data
 
 
@@ -115,6 +172,32 @@ def _read_dataclass(kind: Any, data: Any, where: str) -> Any:
     return kind(**{name: _read(hints[name], data[name], f"{where}.{name}") for name in data})
 
 
+def _bound(data: Any, where: str) -> None:
+    """Raise ValueError for a value of JSON, however deep, that is beyond the bounds."""
+    todo = [(data, MAX_DEPTH)]
+    while todo:
+        value, depth = todo.pop()
+        if isinstance(value, str):
+            _expect(len(value) <= MAX_TEXT, value, f"of {MAX_TEXT} characters at most", where)
+            _expect(_is_text(value), ascii(value), "text", where)
+        elif isinstance(value, int):
+            if abs(value) > MAX_INT:
+                # Not shown: Python refuses to write out the largest.
+                raise ValueError(f"{where}: an integer is beyond 2^63")
+        elif isinstance(value, float):
+            _expect(math.isfinite(value), value, "a finite number", where)
+        elif isinstance(value, (dict, list)):
+            if not depth:
+                raise ValueError(f"{where}: it is nested more than {MAX_DEPTH} deep")
+            inner = value if isinstance(value, list) else [*value, *value.values()]
+            todo += [(item, depth - 1) for item in inner]
+
+
+def _is_text(value: str) -> bool:
+    """Has it no half of a surrogate pair, which no encoding takes?"""
+    return value.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in value)
+
+
 def _may_lack(field: dataclasses.Field[Any]) -> bool:
     """Is the field younger than files that lack it?"""
     return field.default is None or "younger" in field.metadata
@@ -122,4 +205,12 @@ def _may_lack(field: dataclasses.Field[Any]) -> bool:
 
 def _expect(holds: bool, data: Any, wanted: str, where: str) -> None:
     if not holds:
-        raise ValueError(f"{where}: {str(data)[:60]!r} is not {wanted}")
+        raise ValueError(f"{where}: {_short(data)} is not {wanted}")
+
+
+def _short(data: Any) -> str:
+    if isinstance(data, int) and abs(data) > MAX_INT:
+        return "a huge integer"
+    if isinstance(data, (dict, list)):
+        return f"a {'list' if isinstance(data, list) else 'object'} of {len(data)}"
+    return repr(str(data)[:60])

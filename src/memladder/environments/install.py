@@ -66,7 +66,9 @@ def names() -> tuple[str, ...]:
 
 def digest(path: Path) -> str:
     """8 hexadecimal digits of what a requirements file pins; comments do not count."""
-    lines = (line.partition("#")[0].strip() for line in path.read_text().splitlines())
+    lines = (
+        line.partition("#")[0].strip() for line in path.read_text(encoding="utf-8").splitlines()
+    )
     return hashlib.sha256("\n".join(filter(None, lines)).encode()).hexdigest()[:8]
 
 

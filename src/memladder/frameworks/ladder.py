@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 
 from memladder import formats
 from memladder.core.case import Case
+from memladder.core.devices import compute_capability
 from memladder.frameworks.base import Availability, Framework, Job, Session, Setting
 from memladder.frameworks.torch_common import (
-    compute_capability,
     cuda_build,
     installed,
     memory_errors,

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from memladder.core.devices import compute_capability
 from memladder.core.plan import CompilerPlan
 from memladder.core.units import MIB
 from memladder.frameworks.base import (
@@ -29,7 +30,7 @@ from memladder.frameworks.base import (
     Setting,
 )
 from memladder.frameworks.tensorrt_build import RTX, TENSORRT, build, load, logger
-from memladder.frameworks.torch_common import compute_capability, installed
+from memladder.frameworks.torch_common import installed
 from memladder.models import cache, onnx_export, weights
 
 if TYPE_CHECKING:

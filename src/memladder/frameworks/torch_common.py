@@ -44,19 +44,6 @@ def cuda_build() -> str | None:
     return cuda
 
 
-def compute_capability(device: str) -> tuple[int, int] | None:
-    """Compute capability of `cuda:N`; None where the driver does not tell."""
-    import pynvml
-
-    try:
-        pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByIndex(int(device.partition(":")[2] or 0))
-        major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
-    except pynvml.NVMLError:
-        return None
-    return int(major), int(minor)
-
-
 def installed(name: str) -> bool:
     """Whether a module, which may be inside a package, can be imported."""
     try:

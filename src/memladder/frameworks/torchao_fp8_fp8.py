@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from memladder import formats
+from memladder.core.devices import compute_capability
 from memladder.frameworks.base import Availability, Job, Setting
-from memladder.frameworks.torch_common import compute_capability
 from memladder.frameworks.torch_quantised import Quantised
 from memladder.models import LayerConfig
 

@@ -7,7 +7,6 @@ Times are of CLOCK_MONOTONIC, which all processes of a machine share, in nanosec
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,6 +101,11 @@ class Checked:
 
 
 @dataclass(frozen=True)
+class Prepared:
+    """Everything that the session will read is there. A library may end a process with status 0."""
+
+
+@dataclass(frozen=True)
 class Planned:
     """What the framework's compiler says of the job."""
 
@@ -128,21 +132,22 @@ class Failure:
     hint: str | None
 
 
-Message = PhaseStart | Hold | Finished | Checked | Planned | Failure
+Message = PhaseStart | Hold | Finished | Checked | Prepared | Planned | Failure
 _KINDS: dict[str, type[Message]] = {
-    kind.__name__: kind for kind in (PhaseStart, Hold, Finished, Checked, Planned, Failure)
+    kind.__name__: kind
+    for kind in (PhaseStart, Hold, Finished, Checked, Prepared, Planned, Failure)
 }
 
 
 def encode(message: Message | Order) -> bytes:
     """A message as one line."""
-    return json.dumps({type(message).__name__: serial.to_json(message)}).encode() + b"\n"
+    return serial.dumps({type(message).__name__: message}).encode() + b"\n"
 
 
 def decode(line: bytes) -> Message:
     """The message in a line. Raises ValueError when it is not exactly one."""
     try:
-        ((name, body),) = json.loads(line).items()
+        ((name, body),) = serial.loads(line).items()
         return serial.from_json(_KINDS[name], cleaned(body))
     except (ValueError, KeyError, AttributeError, RecursionError, MemladderError) as error:
         raise ValueError(f"not a worker's message: {line[:60]!r}") from error
@@ -150,7 +155,7 @@ def decode(line: bytes) -> Message:
 
 def decode_order(line: bytes) -> Order:
     """The order in a line. Raises ValueError."""
-    return serial.from_json(Order, json.loads(line)["Order"])
+    return serial.from_json(Order, serial.loads(line)["Order"])
 
 
 def one_line(text: str) -> str:

@@ -1,11 +1,16 @@
-"""Where made files live: weights and exported graphs, one folder a layer and seed."""
+"""Where made files live: weights and exported graphs, one folder a layer and seed.
+
+A graph, and a compiled layer, has its SHA-256 in a file beside it: one that was cut or altered is
+made again.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -66,6 +71,40 @@ def replacing(path: Path) -> Iterator[Path]:
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def made(path: Path, make: Callable[[Path], object]) -> Path:
+    """`path`, written by `make` where it is not there or not as it was made.
+
+    Raises what `make` raises, and CacheError where the folder can't be written.
+    """
+    if is_whole(path):
+        return path
+    with writing(path.parent):
+        # Another process may have been quicker.
+        if not is_whole(path):
+            with replacing(path) as part:
+                make(part)
+                digest = _digest(part)
+            with replacing(_beside(path)) as part:
+                part.write_text(digest, encoding="ascii")
+    return path
+
+
+def is_whole(path: Path) -> bool:
+    """Is the file there, as `made` has written it?"""
+    try:
+        return _digest(path) == _beside(path).read_text(encoding="ascii")
+    except (OSError, ValueError):
+        return False
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f"{path.name}.sha256")
 
 
 def require_space(

@@ -49,13 +49,7 @@ def ensure(config: LayerConfig, cache_dir: Path, shape: Workload, seed: int) -> 
     """
     data = weights.ensure(config, cache_dir, seed)
     path = data.with_name(file_name(shape))
-    if path.exists():
-        return path
-    with cache.writing(data.parent):
-        if not path.exists():
-            with cache.replacing(path) as part:
-                _export(config, data, shape, seed, part)
-    return path
+    return cache.made(path, lambda part: _export(config, data, shape, seed, part))
 
 
 def outline(config: LayerConfig, shape: Workload) -> bytes:

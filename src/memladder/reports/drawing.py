@@ -66,8 +66,11 @@ def _rendered(figure: Figure, kind: str, metadata: dict[str, str | None]) -> byt
 
 @contextmanager
 def _settings() -> Iterator[None]:
-    """matplotlib's defaults with ours on top, so that a personal matplotlibrc changes nothing."""
-    settings: dict[Any, Any] = {**mpl.rcParamsDefault, **style.RC}
+    """matplotlib's defaults with ours on top, so that a personal matplotlibrc changes nothing.
+
+    A dollar sign in a device's name begins no formula.
+    """
+    settings: dict[Any, Any] = {**mpl.rcParamsDefault, **style.RC, "text.parse_math": False}
     del settings["backend"]
     with mpl.rc_context(settings):
         yield

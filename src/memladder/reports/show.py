@@ -4,27 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from memladder.core.record import Record, Run
 from memladder.core.units import format_bytes, mib
 from memladder.reports.cells import plain_name
+from memladder.reports.printing import add_numbers, print_table
 
 
 def print_record(record: Record, console: Console) -> None:
     """Print everything that explains the record's number; the raw trace stays in the file."""
-    console.print(_facts(record))
+    print_table(console, _facts(record))
     for number, run in enumerate(record.runs, 1):
-        console.print(_phases(run, f"Run {number} of {len(record.runs)}, {run.started}, MiB"))
-        console.print(_quality(run))
+        print_table(
+            console, _phases(run, f"Run {number} of {len(record.runs)}, {run.started}, MiB")
+        )
+        print_table(console, _quality(run))
     for title, pairs in (
         ("Settings", record.settings),
         ("Packages", record.environment.packages),
         ("Variables", record.environment.variables),
     ):
         if pairs:
-            console.print(_pairs(title, pairs))
+            print_table(console, _pairs(title, pairs))
 
 
 def _facts(record: Record) -> Table:
@@ -59,11 +63,10 @@ def _facts(record: Record) -> Table:
 
 
 def _phases(run: Run, title: str) -> Table:
-    columns = ["seconds", "polls", "peak", "end", "PSS peak", "USS peak", "RSS peak", "device peak"]
-    table = Table(title=title, title_justify="left")
-    table.add_column("phase")
-    for column in columns:
-        table.add_column(column, justify="right")
+    """On CUDA `peak` is the device's."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("phase", no_wrap=True)
+    add_numbers(table, *("seconds", "polls", "peak", "end", "PSS\npeak", "USS\npeak", "RSS\npeak"))
     for phase in run.phases:
         sizes = (
             phase.peak_bytes,
@@ -71,13 +74,12 @@ def _phases(run: Run, title: str) -> Table:
             phase.pss_peak_bytes,
             phase.uss_peak_bytes,
             phase.rss_peak_bytes,
-            phase.device_peak_bytes,
         )
         table.add_row(
             phase.name,
             f"{phase.end_s - phase.start_s:.2f}",
             str(phase.polls),
-            *("" if size is None else f"{mib(size):,.1f}" for size in sizes),
+            *(f"{mib(size):,.1f}" for size in sizes),
         )
     return table
 

@@ -154,7 +154,7 @@ class SweepView:
         table.add_column("model")
         table.add_column("framework")
         for shape in shapes:
-            table.add_column(str(shape), justify="right", min_width=8)
+            table.add_column(str(shape), justify="right", min_width=8, no_wrap=True)
         rows = dict.fromkeys((case.model, case.framework) for case in self._cases)
         for model, framework in rows:
             cells = [self._cell(model, framework, shape) for shape in shapes]

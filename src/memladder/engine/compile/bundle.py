@@ -9,35 +9,31 @@ kernels/             the Triton kernels that a GPU would run, to read
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from memladder import formats
 from memladder.core.case import Workload
-from memladder.core.errors import FormatError
+from memladder.core.errors import FormatError, MemladderError
+from memladder.core.files import read_regular
+from memladder.core.serial import from_json, to_json
 from memladder.engine.compile.compile import Result
 from memladder.engine.graph.nodes import Weight
 from memladder.engine.packed import packed_layer, packing
-from memladder.engine.packed.packed_layer import PackedLayer
+from memladder.engine.packed.packed_layer import Form, PackedLayer
 from memladder.engine.packed.packing import Blocks, Progress
 from memladder.engine.program.plan import ArenaPlan, plan
-from memladder.engine.program.steps import Buffer, Program, Rows, Step
+from memladder.engine.program.steps import Program
 
 PROGRAM, WEIGHTS = "program.json", "weights.safetensors"
-_VERSION = 2
-
-KERNELS = frozenset(
-    (
-        *("matmul", "glu", "qkv", "rotary", "attention", "quantise", "pointwise"),
-        *("rms_norm", "layer_norm", "rms_norm_heads", "layer_norm_heads", "windowed_attention"),
-    )
-)
-"""What a program may call: a file can't name anything else."""
+_VERSION = 3
+# Of a program with a million steps.
+_MOST_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -75,13 +71,47 @@ def _part(vector: np.ndarray) -> Callable[[int, int], Tensor]:
     return lambda start, stop: torch.from_numpy(np.array(vector[start:stop]))
 
 
+@dataclass(frozen=True)
+class Head:
+    """What a program is made of, besides the fused layer: see `Form.program`."""
+
+    memladder_program: int
+    batch_size: int
+    seq_len: int
+    activation: str | None
+    chunk: int
+    budget: int
+    in_place: bool
+
+    def program(self, form: Form) -> Program:
+        """The layer's program. Raises MemladderError for what is none."""
+        return form.program(
+            Workload(self.batch_size, self.seq_len),
+            None if self.activation is None else formats.get(self.activation),
+            chunk=self.chunk,
+            budget=self.budget,
+            in_place=self.in_place,
+        )
+
+
 def program_json(found: Result) -> str:
     """Everything but the weights, as text that a person can read."""
-    shape, program, planned = found.graph.shape, found.program, found.plan
+    shape = found.graph.shape
+    head = Head(
+        _VERSION,
+        shape.batch_size,
+        shape.seq_len,
+        None if found.activation is None else str(found.activation),
+        found.chunk,
+        found.options.budget or 0,
+        found.options.in_place,
+    )
+    return _text(head, found.program, found.plan)
+
+
+def _text(head: Head, program: Program, planned: ArenaPlan) -> str:
     raw = {
-        "memladder_program": _VERSION,
-        "batch_size": shape.batch_size,
-        "seq_len": shape.seq_len,
+        **to_json(head),
         "input": program.input,
         "output": program.output,
         "arena_bytes": planned.nbytes,
@@ -96,39 +126,32 @@ def program_json(found: Result) -> str:
 
 
 def load(program: Path, weights: Path) -> Compiled:
-    """A compiled layer of its two files. Raises FormatError for files that are none."""
+    """A compiled layer of its two files.
+
+    Nothing of program.json is run: its program is made again, of the packed layer, and the file
+    must be what would be written of it. Raises FormatError for files that are none.
+    """
+    text = read_regular(program, _MOST_BYTES, FormatError)
     try:
-        raw = json.loads(program.read_bytes())
-        shape, steps = _program(raw)
-    except OSError as error:
-        raise FormatError(f"{program}: {error.strerror or error}") from None
-    except (ValueError, KeyError, TypeError, AttributeError, AssertionError, RecursionError):
+        raw = json.loads(text)
+        head = from_json(Head, {field.name: raw[field.name] for field in fields(Head)})
+    except (ValueError, LookupError, TypeError, RecursionError):
         raise FormatError(f"{program}: not a program of memladder") from None
+    if head.memladder_program != _VERSION:
+        raise FormatError(
+            f"{program}: version {head.memladder_program}, not {_VERSION}; compile the layer again"
+        )
     held = packed_layer.load(weights)
-    known = held.matrices.keys() | held.vectors.keys()
-    lacking = {name for step in steps.steps for name in step.weights.values()} - known
-    if lacking:
-        raise FormatError(f"{weights}: {min(lacking)!r} is missing, which {program} reads")
-    return Compiled(shape, steps, plan(steps), held)
-
-
-def _program(raw: Mapping[str, Any]) -> tuple[Workload, Program]:
-    if raw["memladder_program"] != _VERSION:
-        raise ValueError("another version")
-    buffers = tuple(Buffer(b["name"], b["rows"], b["columns"], b["dtype"]) for b in raw["buffers"])
-    program = Program(buffers, tuple(map(_step, raw["steps"])), raw["input"], raw["output"])
-    if any(step.kernel not in KERNELS for step in program.steps):
-        raise ValueError("an unknown kernel")
-    return Workload(raw["batch_size"], raw["seq_len"]), program
-
-
-def _step(raw: Mapping[str, Any]) -> Step:
-    reads, writes = (
-        {
-            name: Rows(rows["buffer"], rows["start"], rows["count"])
-            for name, rows in raw[key].items()
-        }
-        for key in ("reads", "writes")
-    )
-    in_place = tuple((read, written) for read, written in raw["in_place"])
-    return Step(raw["kernel"], reads, writes, raw["weights"], raw["values"], in_place)
+    foreign = FormatError(f"{program}: not the program of {weights}; compile the layer again")
+    # Each chunk of tokens has steps of its own in the text.
+    least = max(head.batch_size, 1) * max(head.seq_len, 1) // max(head.chunk, 1)
+    if head.chunk < 1 or head.budget < 0 or least > len(text):
+        raise foreign
+    try:
+        steps = head.program(held.form)
+        planned = plan(steps)
+    except (MemladderError, ValueError):
+        raise foreign from None
+    if _text(head, steps, planned).encode() != text:
+        raise foreign
+    return Compiled(Workload(head.batch_size, head.seq_len), steps, planned, held)

@@ -13,6 +13,7 @@ from memladder.core.errors import UsageError
 from memladder.engine.compile.fuse import fuse
 from memladder.engine.compile.traffic import Traffic
 from memladder.engine.frontend import convert
+from memladder.engine.frontend.guard import blamed
 from memladder.engine.graph.fused import Parameters
 from memladder.engine.graph.nodes import Graph
 from memladder.engine.packed.packed_layer import Form
@@ -53,6 +54,7 @@ class Result:
     program: Program
     plan: ArenaPlan
     chunk: int
+    options: CompileOptions
 
 
 def compile_file(path: Path, options: CompileOptions) -> Result:
@@ -71,11 +73,15 @@ def compile_file(path: Path, options: CompileOptions) -> Result:
         raise UsageError(f"{options.activation} is no activation format; allowed: {allowed}")
     rounded = None if activation.bits == 16 else activation
     graph = convert.load(path)
-    fused, parameters = fuse(graph)
+    with blamed(f"{path}: this graph"):
+        fused, parameters = fuse(graph)
     kept = _kept(parameters, options.kept)
     form = Form(fused, kind, dict.fromkeys(kept, formats.get("fp16")), graph.shape)
-    program, planned, chunk = within(form, graph.shape, rounded, options.budget, options.in_place)
-    return Result(graph, form, parameters, rounded, program, planned, chunk)
+    with blamed(f"{path}: this graph"):
+        program, planned, chunk = within(
+            form, graph.shape, rounded, options.budget, options.in_place
+        )
+    return Result(graph, form, parameters, rounded, program, planned, chunk, options)
 
 
 def _kept(parameters: Parameters, patterns: tuple[str, ...]) -> list[str]:

@@ -7,9 +7,9 @@ memory.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -18,7 +18,6 @@ from memladder.engine.graph.fused import Fused, Glu, NamedNorm, Parameters, Prod
 from memladder.engine.graph.nodes import (
     Attention,
     Graph,
-    Input,
     Linear,
     Node,
     Norm,
@@ -29,6 +28,10 @@ from memladder.engine.graph.nodes import (
     ordered,
 )
 from memladder.kernels import naive
+
+Result = TypeVar("Result")
+Making: TypeAlias = Generator[Node, Any, Result]
+"""A rule at work: it yields nodes of the graph, and is sent what they have become."""
 
 
 def fuse(graph: Graph) -> tuple[Fused, Parameters]:
@@ -63,7 +66,7 @@ class _Fuser:
 
     def fused(self) -> tuple[Fused, Parameters]:
         """All of the graph."""
-        output = self._node(self._graph.output)
+        output = self._made_of(self._graph.output)
         fused = Fused(
             self._graph.input,
             output,
@@ -76,21 +79,36 @@ class _Fuser:
         )
         return fused, Parameters(self._matrices, self._vectors, self._constants)
 
-    def _node(self, node: Node) -> Node:
-        """Depth first, so that names and steps are in the order of need."""
-        if id(node) not in self._made:
-            rule = _RULES.get(type(node))
-            if rule is None:
-                raise GraphError(f"no kernel for {type(node).__name__.lower()} {node.source!r}")
-            self._made[id(node)] = rule(self, node)
-        return self._made[id(node)]
+    def _made_of(self, node: Node) -> Node:
+        """What a node becomes. Depth first, so that names and steps are in the order of need; each
+        rule asks for what it reads by yielding it, since a graph may be deeper than Python's stack.
+        """
+        waiting: list[tuple[Node, Making[Node]]] = []
+        wanted = node
+        while True:
+            found = self._made.get(id(wanted))
+            if found is None:
+                rule = _RULES.get(type(wanted))
+                if rule is None:
+                    kind = type(wanted).__name__.lower()
+                    raise GraphError(f"no kernel for {kind} {wanted.source!r}")
+                waiting.append((wanted, rule(self, wanted)))
+            elif not waiting:
+                return found
+            try:
+                wanted = waiting[-1][1].send(found)
+            except StopIteration as done:
+                wanted, _ = waiting.pop()
+                self._made[id(wanted)] = done.value
 
     def _alone(self, node: Node) -> bool:
         return len(self._readers[id(node)]) == 1
 
-    def _linear(self, node: Linear, activation: str = "", residual: Node | None = None) -> Product:
+    def _linear(
+        self, node: Linear, activation: str = "", residual: Node | None = None
+    ) -> Making[Product]:
         """`residual` was made already."""
-        x = self._node(node.x)
+        x = yield node.x
         name = self._matrix(node, self._role(node))
         return Product(node.columns, node.source, x, name, activation, residual)
 
@@ -111,9 +129,9 @@ class _Fuser:
             self._vectors[f"{name}.bias"] = node.bias
         return name
 
-    def _pointwise(self, node: Pointwise) -> Node:
+    def _pointwise(self, node: Pointwise) -> Making[Node]:
         if node.function == "add":
-            total = self._sum(node)
+            total = yield from self._sum(node)
             if total is not None:
                 return total
         if node.function == "mul":
@@ -128,42 +146,52 @@ class _Fuser:
                     and found[0].columns == up.columns
                     and (found[0].bias is None) == (up.bias is None)
                 ):
-                    x = self._node(up.x)
+                    x = yield up.x
                     names = self._matrix(found[0], "gate"), self._matrix(up, "up")
                     return Glu(node.columns, node.source, x, *names, found[1])
         activated = self._activated(node)
         if activated is not None:
-            return self._linear(*activated)
+            return (yield from self._linear(*activated))
         if node.function not in naive.FUNCTIONS:
             raise GraphError(f"no kernel for {node.function} {node.source!r}")
-        return replace(node, operands=tuple(self._node(operand) for operand in node.operands))
+        operands = []
+        for operand in node.operands:
+            operands.append((yield operand))
+        return replace(node, operands=tuple(operands))
 
-    def _sum(self, node: Pointwise) -> Node | None:
+    def _sum(self, node: Pointwise) -> Making[Node | None]:
         """Products that are added up: each takes what was added before it as its residual."""
         addends = self._addends(node)
-        order = {id(other): i for i, other in enumerate(ordered(node))}
-        addends.sort(key=lambda addend: order[id(addend)])
-        last = [a for a in addends if self._alone(a) and self._activated(a) is not None]
+        last = {id(a) for a in addends if self._alone(a) and self._activated(a) is not None}
         if not last or len(addends) < 2:
             return None
-        rest = [self._node(addend) for addend in addends if addend not in last]
+        order = {id(other): i for i, other in enumerate(ordered(node))}
+        addends.sort(key=lambda addend: order[id(addend)])
+        rest = []
+        for addend in addends:
+            if id(addend) not in last:
+                rest.append((yield addend))
         total = rest[0] if rest else None
         for other in rest[1:]:
             assert total is not None
             total = Pointwise(node.columns, node.source, "add", (total, other))
-        for addend in last:
+        for addend in addends:
             activated = self._activated(addend)
-            assert activated is not None
-            total = self._linear(*activated, residual=total)
+            if id(addend) in last and activated is not None:
+                total = yield from self._linear(*activated, residual=total)
         return total
 
     def _addends(self, node: Node) -> list[Node]:
         """What is added up to the node."""
-        if not isinstance(node, Pointwise) or node.function != "add":
-            return [node]
-        parts = []
-        for operand in node.operands:
-            parts += self._addends(operand) if self._alone(operand) else [operand]
+        parts: list[Node] = []
+        stack = [node]
+        while stack:
+            part = stack.pop()
+            inner = isinstance(part, Pointwise) and part.function == "add"
+            if inner and (part is node or self._alone(part)):
+                stack.extend(reversed(part.inputs))
+            else:
+                parts.append(part)
         return parts
 
     def _activated(self, node: Node) -> tuple[Linear, str] | None:
@@ -179,8 +207,8 @@ class _Fuser:
             return node.operands[0], node.function
         return None
 
-    def _norm(self, node: Norm) -> NamedNorm:
-        x = self._node(node.x)
+    def _norm(self, node: Norm) -> Making[NamedNorm]:
+        x = yield node.x
         stem = "norm"
         if any(isinstance(reader, Linear) for reader in self._readers[id(node)]):
             stem = "attention_norm" if id(node) in self._projected_from else "mlp_norm"
@@ -202,16 +230,17 @@ class _Fuser:
         first: np.ndarray = by_head[0]
         return first
 
-    def _rotary(self, node: Rotary) -> Rotary:
+    def _rotary(self, node: Rotary) -> Making[Rotary]:
         self._frequencies(node)
-        return replace(node, x=self._node(node.x))
+        x = yield node.x
+        return replace(node, x=x)
 
     def _frequencies(self, node: Rotary) -> None:
         known = self._constants.setdefault("rotary.frequencies", node.frequencies)
         if not np.array_equal(known, node.frequencies):
             raise GraphError(f"no kernel for rotary positions of two kinds {node.source!r}")
 
-    def _attend(self, node: Attention) -> Attention:
+    def _attend(self, node: Attention) -> Making[Attention]:
         self._check(node)
         operands = (node.query, node.key, node.value)
         linears = [_projection(operand) for operand in operands]
@@ -222,7 +251,7 @@ class _Fuser:
             and (linear.bias is None) == (first.bias is None)
             for linear in linears
         ):
-            self._project([linear for linear in linears if linear is not None])
+            yield from self._project([linear for linear in linears if linear is not None])
             # The kernel rotates what it has made itself.
             rotated = [isinstance(x, Rotary) and isinstance(x.x, Linear) for x in operands]
             self._rotated = rotated == [True, True, False] and isinstance(node.value, Linear)
@@ -233,15 +262,17 @@ class _Fuser:
             self._frequencies(node.query)
             self._frequencies(node.key)
         else:
-            made = [self._node(operand) for operand in operands]
+            made = []
+            for operand in operands:
+                made.append((yield operand))
         if node.slopes is not None:
             self._constants["alibi.slopes"] = node.slopes
         self._attention = replace(node, query=made[0], key=made[1], value=made[2])
         return self._attention
 
-    def _project(self, linears: list[Linear]) -> None:
+    def _project(self, linears: list[Linear]) -> Making[None]:
         """Query, key and value as products of the same rows."""
-        x = self._node(linears[0].x)
+        x = yield linears[0].x
         for name, linear in zip(("query", "key", "value"), linears, strict=True):
             product = Product(linear.columns, linear.source, x, self._matrix(linear, name))
             self._projected += (product,)
@@ -283,7 +314,6 @@ def _free(stem: str, taken: Any) -> str:
 
 
 _RULES: Mapping[type[Node], Any] = {
-    Input: lambda _, node: node,
     Linear: _Fuser._linear,
     Pointwise: _Fuser._pointwise,
     Norm: _Fuser._norm,

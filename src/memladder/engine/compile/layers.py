@@ -21,7 +21,6 @@ from memladder import models
 from memladder.core import children
 from memladder.core.case import Workload
 from memladder.core.errors import CacheError, FormatError, MemladderError
-from memladder.core.files import write_atomic
 from memladder.core.serial import from_json, to_json
 from memladder.core.text import clean
 from memladder.engine.graph.fused import Parameters
@@ -49,14 +48,14 @@ def ensure(config: LayerConfig, cache_dir: Path) -> CompiledLayer:
     """
     models.require_fixed_positions(config)
     path = _path(config, cache_dir)
-    if not path.exists():
-        with cache.writing(path.parent):
-            # Another process may have been quicker.
-            if not path.exists():
-                outline = path.with_name(f"outline-{onnx_export.version()}.onnx")
-                with cache.replacing(outline) as part:
-                    part.write_bytes(_outlined(config))
-                write_atomic(path, _compiled(outline, config))
+
+    def make(part: Path) -> None:
+        outline = path.with_name(f"outline-{onnx_export.version()}.onnx")
+        with cache.replacing(outline) as outline_part:
+            outline_part.write_bytes(_outlined(config))
+        part.write_text(_compiled(outline, config), encoding="utf-8")
+
+    cache.made(path, make)
     try:
         return _read(json.loads(path.read_bytes()))
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -67,7 +66,7 @@ def ensure_apart(config: LayerConfig, cache_dir: Path) -> CompiledLayer:
     """The same; what has to be made is made by a process of its own, which takes the exporter and
     its 300 MiB along when it ends."""
     models.require_fixed_positions(config)
-    if not _path(config, cache_dir).exists():
+    if not cache.is_whole(_path(config, cache_dir)):
         told = json.dumps([to_json(config), str(cache_dir)])
         done = children.run(children.module(__name__), given=told)
         if done.returncode:

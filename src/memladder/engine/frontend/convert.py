@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeAlias
 
@@ -16,7 +16,8 @@ from memladder.core.case import Workload
 from memladder.core.errors import GraphError
 from memladder.engine.frontend import onnx_file, rules, views
 from memladder.engine.frontend.axes import Axes, LayoutError, merged, token_axes
-from memladder.engine.frontend.fold import fold
+from memladder.engine.frontend.fold import Folder
+from memladder.engine.frontend.guard import blamed
 from memladder.engine.frontend.onnx_file import Model, Operator
 from memladder.engine.frontend.positions import PositionError, read_rotation
 from memladder.engine.frontend.scores import Scores
@@ -49,37 +50,46 @@ def load(path: Path, given: Mapping[str, np.ndarray] | None = None) -> Graph:
     Raises GraphError, one line, for a file that can't be read and for operators, types and layouts
     that are not supported; it names operator and node.
     """
-    return convert(onnx_file.read(path, given))
+    with blamed(f"{path}"):
+        model = onnx_file.read(path, given)
+    return convert(model)
 
 
 def convert(model: Model) -> Graph:
     """The canonical graph of a model that was read."""
-    from memladder.engine.frontend.operators import TABLE
-
     converter = Converter(model.shape)
+    folder = Folder(model.opset)
     entry = converter.nodes(Input(model.hidden_size, model.input))
     axes = (*token_axes(model.shape), (model.hidden_size,))
     values: dict[str, Operand] = dict(model.constants)
     values[model.input] = views.whole(entry, axes, model.shape)
-    for operator in model.operators:
-        unknown = [name for name in operator.inputs if name and name not in values]
-        if unknown:
-            raise GraphError(f"operator {operator} reads {unknown[0]!r}, which nothing computes")
+    last = {name: number for number, o in enumerate(model.operators) for name in o.inputs}
+    for number, operator in enumerate(model.operators):
         given = [values[name] if name else None for name in operator.inputs]
-        constant = all(isinstance(operand, Array | None) for operand in given)
-        if constant:
-            found: list[Operand] = list(fold(operator, given, model.opset))  # type: ignore[arg-type]
-        elif operator.op not in TABLE:
-            raise GraphError(f"unsupported operator {operator}")
-        else:
-            converter.operator = operator
-            try:
-                made = TABLE[operator.op](converter, operator, given)
-            except (LayoutError, PositionError) as error:
-                raise GraphError(f"operator {operator}: {error}") from None
-            found = list(made) if isinstance(made, list) else [made]
+        with blamed(f"operator {operator}"):
+            found = _made(converter, folder, operator, given)
         values |= dict(zip(operator.outputs, found, strict=False))
-    return _finished(converter, model, entry, values.get(model.output))
+        for name in {*operator.inputs, *operator.outputs}:
+            # What is computed of constants may be large; it goes with its last reader.
+            if last.get(name, -1) <= number and name != model.output:
+                values.pop(name, None)
+    with blamed(f"output {model.output!r}"):
+        return _finished(converter, model, entry, values.get(model.output))
+
+
+def _made(
+    converter: Converter, folder: Folder, operator: Operator, given: list[Operand]
+) -> list[Operand]:
+    """What an operator gives."""
+    from memladder.engine.frontend.operators import TABLE
+
+    if all(isinstance(operand, Array | None) for operand in given):
+        return list(folder.fold(operator, given))  # type: ignore[arg-type]
+    if operator.op not in TABLE:
+        raise GraphError(f"unsupported operator {operator}")
+    converter.operator = operator
+    made = TABLE[operator.op](converter, operator, given)
+    return list(made) if isinstance(made, list) else [made]
 
 
 def _finished(converter: Converter, model: Model, entry: Node, output: Operand) -> Graph:
@@ -88,12 +98,9 @@ def _finished(converter: Converter, model: Model, entry: Node, output: Operand) 
     shape = (model.shape.batch_size, model.shape.seq_len, model.hidden_size)
     if output.shape != shape:
         raise GraphError(f"the output {model.output!r} is {output.shape}, the input {shape}")
-    try:
-        if _without_ones(output.axes) != _without_ones((*token_axes(model.shape), (shape[2],))):
-            raise LayoutError("tokens or columns lie in other axes than the input's")
-        last = converter.flat(output)
-    except (LayoutError, PositionError) as error:
-        raise GraphError(f"output {model.output!r}: {error}") from None
+    if _without_ones(output.axes) != _without_ones((*token_axes(model.shape), (shape[2],))):
+        raise LayoutError("tokens or columns lie in other axes than the input's")
+    last = converter.flat(output)
     return rules.canonical(Graph(model.shape, entry, last), converter.nodes)
 
 
@@ -109,6 +116,7 @@ class Converter:
         self.tokens = shape
         self.operator: Operator | None = None
         self.arrays: dict[object, Array] = {}
+        self.selected: dict[tuple[int, bytes], Node] = {}
 
     @property
     def source(self) -> str:
@@ -142,35 +150,59 @@ class Converter:
         return self.whole(found, value.axes)
 
     def select(self, node: Node, index: np.ndarray) -> Node:
-        """Columns of a node: pushed down to a weight's rows where that can be."""
-        if np.array_equal(index, np.arange(node.columns)):
-            return node
+        """Columns of a node: pushed down to a weight's rows where that can be.
+
+        Each choice is made once, and without recursion: a graph may be deep, and its values read
+        more than once.
+        """
+        waiting = [(node, index)]
+        while True:
+            one, columns = waiting[-1]
+            key = _choice(one, columns)
+            if key not in self.selected:
+                needed, build = self._pushed(one, columns)
+                missing = [part for part in needed if _choice(*part) not in self.selected]
+                if missing:
+                    waiting.extend(reversed(missing))
+                    continue
+                self.selected[key] = build([self.selected[_choice(*part)] for part in needed])
+            waiting.pop()
+            if not waiting:
+                return self.selected[key]
+
+    def _pushed(
+        self, node: Node, index: np.ndarray
+    ) -> tuple[list[tuple[Node, np.ndarray]], Callable[[list[Node]], Node]]:
+        """Choices of what the node reads, and how the choice of the node is made of these."""
+        made = self.nodes
         size = len(index)
+        if np.array_equal(index, np.arange(node.columns)):
+            return [], lambda _: node
         if isinstance(node, Linear):
             weight = Weight(node.weight.array, node.weight.rows[index], node.weight.factor)
-            return self.nodes(Linear(size, node.source, node.x, weight, _of(node.bias, index)))
+            bias = _of(node.bias, index)
+            return [], lambda _: made(Linear(size, node.source, node.x, weight, bias))
         if isinstance(node, Columns):
-            return self.select(node.x, node.index[index])
+            return [(node.x, node.index[index])], lambda parts: parts[0]
         if isinstance(node, ByColumn):
-            x = self.select(node.x, index)
-            factor, offset = _of(node.factor, index), _of(node.offset, index)
-            return self.nodes(ByColumn(size, node.source, x, factor, offset))
+            by = _of(node.factor, index), _of(node.offset, index)
+            return [(node.x, index)], lambda parts: made(ByColumn(size, node.source, parts[0], *by))
         if isinstance(node, Pointwise):
-            parts = tuple(self.select(operand, index) for operand in node.operands)
-            return self.nodes(Pointwise(size, node.source, node.function, parts, node.numbers))
+            return [(operand, index) for operand in node.operands], lambda parts: made(
+                Pointwise(size, node.source, node.function, tuple(parts), node.numbers)
+            )
         if isinstance(node, Norm) and _whole_groups(index, node.group):
-            x = self.select(node.x, index)
-            weight_, bias = _of(node.weight, index), _of(node.bias, index)
-            return self.nodes(
-                Norm(size, node.source, x, node.kind, node.group, node.eps, weight_, bias)
+            vectors = _of(node.weight, index), _of(node.bias, index)
+            return [(node.x, index)], lambda parts: made(
+                Norm(size, node.source, parts[0], node.kind, node.group, node.eps, *vectors)
             )
         if isinstance(node, Concat):
             start = 0
             for part in node.parts:
                 if start <= index.min() and index.max() < start + part.columns:
-                    return self.select(part, index - start)
+                    return [(part, index - start)], lambda parts: parts[0]
                 start += part.columns
-        return self.nodes(Columns(size, node.source, node, index))
+        return [], lambda _: made(Columns(size, node.source, node, index))
 
     def _scaled(self, node: Node, term: Term) -> Node:
         if term.table is None:
@@ -211,6 +243,10 @@ class Converter:
         back[rotation.order] = np.arange(dim)
         index = np.arange(x.columns).reshape(-1, dim)[:, back].reshape(value.columns)
         return Value(node, value.axes, (Term(index),), value.tokens)
+
+
+def _choice(node: Node, index: np.ndarray) -> tuple[int, bytes]:
+    return id(node), np.ascontiguousarray(index).tobytes()
 
 
 def _by_head(term: Term, dim: int) -> np.ndarray:

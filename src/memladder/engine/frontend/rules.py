@@ -30,7 +30,7 @@ from memladder.engine.graph.nodes import (
     Norm,
     Pointwise,
     Rotary,
-    ordered,
+    between,
 )
 
 FUNCTIONS = ("silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "relu_squared", "sigmoid", "tanh")
@@ -38,6 +38,9 @@ FUNCTIONS = ("silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "relu_squared", 
 
 # Two float32 numbers, multiplied, are this near to what was meant.
 _ROUNDED = 1e-6
+# Operators of the longest spelling of a function or norm. Without an end, a chain of n operators is
+# evaluated n³ times.
+_LONGEST = 24
 Rule = Callable[[Node, Nodes], Node | None]
 
 
@@ -89,7 +92,7 @@ def norm(node: Node, nodes: Nodes) -> Node | None:
     for leaf in _leaves(node, (Pointwise, Mean, Columns, Norm)):
         if leaf.columns != node.columns:
             continue
-        within = _between(node, leaf)
+        within = between(node, leaf)
         groups = {other.group for other in within if isinstance(other, Mean | Norm)}
         if not groups:
             continue
@@ -126,7 +129,7 @@ def centred(node: Node, nodes: Nodes) -> Node | None:
             return (groups - groups.mean(dim=-1, keepdim=True)).flatten(1)
 
         found = partial(evaluate_from, node.x, leaf)
-        numbers = {n for o in _between(node.x, leaf) if isinstance(o, Pointwise) for n in o.numbers}
+        numbers = {n for o in between(node.x, leaf) if isinstance(o, Pointwise) for n in o.numbers}
         if probes.nearest_of_rows(found, {"centred": wanted}, leaf.columns, numbers) is not None:
             return nodes(replace(node, kind="layer", x=leaf))
     return None
@@ -198,11 +201,11 @@ FOLDS: tuple[Rule, ...] = (scaled_linear, attention_scale)
 
 
 def _leaves(node: Node, kinds: tuple[type[Node], ...]) -> Iterator[Node]:
-    """Nodes that all paths to `node` go through, by way of `kinds` alone; the nearest first."""
-    order = {id(other): number for number, other in enumerate(ordered(node))}
+    """Nodes that all paths to `node` go through, by way of `kinds` alone and of `_LONGEST` nodes at
+    the most; the nearest first."""
     leaves = {id(node): node}
-    while True:
-        last = max(leaves.values(), key=lambda leaf: order[id(leaf)])
+    for _ in range(_LONGEST):
+        last = max(leaves.values(), key=lambda leaf: leaf.depth)
         weighted = isinstance(last, Norm) and (last.weight is not None or last.bias is not None)
         if not isinstance(last, kinds) or weighted:
             return
@@ -210,9 +213,3 @@ def _leaves(node: Node, kinds: tuple[type[Node], ...]) -> Iterator[Node]:
         leaves |= {id(other): other for other in last.inputs}
         if len(leaves) == 1:
             yield next(iter(leaves.values()))
-
-
-def _between(node: Node, leaf: Node) -> list[Node]:
-    """`node` and all that it needs, up to the leaf."""
-    before = {id(other) for other in ordered(leaf)}
-    return [other for other in ordered(node) if id(other) not in before]

@@ -26,8 +26,8 @@ from memladder.engine.graph.nodes import (
     Norm,
     Pointwise,
     Rotary,
+    between,
     consumers,
-    ordered,
 )
 
 POINTWISE: Mapping[str, Callable[..., Tensor]] = {
@@ -76,11 +76,9 @@ def evaluate(graph: Graph, states: Tensor) -> Tensor:
 def evaluate_from(node: Node, leaf: Node, values: Tensor) -> Tensor:
     """The node's value where the leaf's is known; nothing else may be needed."""
     known = {id(leaf): values}
-    before = {id(other) for other in ordered(leaf)}
-    for other in ordered(node):
-        if id(other) not in before:
-            inputs = [known[id(x)] for x in other.inputs]
-            known[id(other)] = apply(other, inputs, Workload(1, len(values)))
+    for other in between(node, leaf):
+        inputs = [known[id(x)] for x in other.inputs]
+        known[id(other)] = apply(other, inputs, Workload(1, len(values)))
     return known[id(node)]
 
 

@@ -63,6 +63,17 @@ class Node:
     columns: int
     source: str
 
+    def __post_init__(self) -> None:
+        depth = 1 + max((node.depth for node in self.inputs), default=0)
+        object.__setattr__(self, "_depth", depth)
+
+    @property
+    def depth(self) -> int:
+        """Nodes of the longest way from the input to this one: more than any node that it needs
+        has."""
+        found: int = vars(self)["_depth"]
+        return found
+
     @property
     def inputs(self) -> tuple[Node, ...]:
         """Nodes that it reads."""
@@ -272,6 +283,19 @@ def ordered(output: Node) -> list[Node]:
             stack.append((node, True))
             stack.extend((other, False) for other in reversed(node.inputs))
     return list(found.values())
+
+
+def between(node: Node, leaf: Node) -> list[Node]:
+    """`node` and all that it needs, each after its inputs, up to the leaf, through which all ways
+    to it go."""
+    found: dict[int, Node] = {}
+    stack = [node]
+    while stack:
+        other = stack.pop()
+        if other is not leaf and id(other) not in found:
+            found[id(other)] = other
+            stack.extend(other.inputs)
+    return sorted(found.values(), key=lambda other: other.depth)
 
 
 def consumers(graph: Graph) -> dict[int, list[Node]]:

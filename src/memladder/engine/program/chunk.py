@@ -96,16 +96,28 @@ class Chunk:
 
     def emit(self, node: Node, out: Rows | None = None) -> Rows:
         """Steps that compute the node, into `out` if that is given; where it is then."""
-        if id(node) not in self.places:
-            if isinstance(node, Input):
+        # A graph may be deeper than Python's stack.
+        waiting = [node]
+        while waiting:
+            first = waiting[-1]
+            missing = [x for x in first.inputs if id(x) not in self.places]
+            if id(first) in self.places:
+                waiting.pop()
+            elif isinstance(first, Input):
                 raise OverlapError
-            found = [self.emit(x) for x in node.inputs]
-            place = out or self.builder.new(_stem(node), self.size, node.columns)
-            self._step(node, found, place)
-            # What lay there is gone.
-            self.places = {key: x for key, x in self.places.items() if not x.overlaps(place)}
-            self.places[id(node)] = place
+            elif missing:
+                waiting.extend(reversed(missing))
+            else:
+                found = [self.places[id(x)] for x in first.inputs]
+                place = out if out is not None and first is node else self._new(first)
+                self._step(first, found, place)
+                # What lay there is gone.
+                self.places = {key: x for key, x in self.places.items() if not x.overlaps(place)}
+                self.places[id(first)] = place
         return self.places[id(node)]
+
+    def _new(self, node: Node) -> Rows:
+        return self.builder.new(_stem(node), self.size, node.columns)
 
     def _step(self, node: Node, reads: list[Rows], out: Rows) -> None:
         builder = self.builder

@@ -96,17 +96,21 @@ def _program(
 def _cut(fused: Fused, attention: Attention) -> Node:
     """The first node after attention on which alone all later ones depend."""
     nodes = ordered(fused.output)
-    for node in nodes:
-        before = {id(other) for other in ordered(node)}
-        later = [other for other in nodes if id(other) not in before]
-        reads = {id(x) for other in later for x in other.inputs} & before
+    place = {id(node): number for number, node in enumerate(nodes)}
+    readers = [0] * len(nodes)
+    for number, node in enumerate(nodes):
+        for x in node.inputs:
+            readers[place[id(x)]] = number
+    # The last reader of all that comes before a node: beyond the node, it reads past it.
+    latest = 0
+    for number, node in enumerate(nodes):
         if (
-            id(attention) in before
+            number > place[id(attention)]
             and node.columns == fused.input.columns
-            and reads <= {id(node)}
-            and not isinstance(node, Attention)
+            and latest <= number
         ):
             return node
+        latest = max(latest, readers[number])
     raise GraphError(f"a layer that ends with attention {attention.source!r}")
 
 

@@ -68,7 +68,8 @@ class Execution:
         self._memory = {name: (arena, offset) for name, offset in plan.offsets.items()}
         self._bind(program, plan, state, scalars or {})
         self._calls: list[Callable[[], None]] = []
-        for step in filter(only, program.steps):
+        self._steps = list(filter(only, program.steps))
+        for step in self._steps:
             operands = {name: self._view(rows) for name, rows in step.reads.items()}
             operands |= {name: self._view(rows) for name, rows in step.writes.items()}
             packed = {
@@ -103,6 +104,19 @@ class Execution:
         self._kernels.use_workspace(self._workspace)
         for call in self._calls:
             call()
+
+    def first_overflow(self) -> str | None:
+        """One pass that looks at what each step writes: the first step with a value that is NaN or
+        infinite, in words; None if there is none. It waits for the device at every step."""
+        self._kernels.use_workspace(self._workspace)
+        for number, (step, call) in enumerate(zip(self._steps, self._calls, strict=True)):
+            call()
+            for rows in step.writes.values():
+                written = self._view(rows)
+                if written.is_floating_point() and not written.isfinite().all():
+                    names = ", ".join(step.weights.values())
+                    return f"step {number}, {step.kernel}{f' ({names})' if names else ''}"
+        return None
 
     def _whole(self, name: str) -> Tensor:
         return self._view(Rows(name, 0, self._buffers[name].rows))

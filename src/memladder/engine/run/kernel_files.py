@@ -88,7 +88,7 @@ def _write_all(folder: Path, capability: int) -> None:
     (folder / FOLDER).mkdir()
     for number, (launch, steps, step) in enumerate(found.values(), 1):
         path = folder / FOLDER / f"{number:02}_{step.kernel}.py"
-        path.write_text(_text(launch, steps, step, capability))
+        path.write_text(_text(launch, steps, step, capability), encoding="utf-8")
 
 
 def _note_launches(capability: int, launches: list[_Launch]) -> None:

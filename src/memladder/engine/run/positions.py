@@ -55,7 +55,9 @@ class Positions:
                 )
             if not 0 <= count <= shape.seq_len:
                 raise UsageError(f"{count} new tokens of a sequence: {shape.seq_len} are the most")
-            if before < 0 or before + count > cache.context:
+            if before < 0:
+                raise UsageError(f"a past of {before} tokens: 0 or more")
+            if before + count > cache.context:
                 raise UsageError(
                     f"the cache is full: {before} tokens and {count} new ones are "
                     f"{before + count}, the context is {cache.context}"

@@ -4,6 +4,8 @@ They run on NVIDIA GPUs, and on the CPU under Triton's interpreter.
 """
 
 from memladder.kernels.cuda.attention import attention
+from memladder.kernels.cuda.cached import advance, cache_append, rotary_at
+from memladder.kernels.cuda.cached_attention import cached_attention
 from memladder.kernels.cuda.pointwise import layer_norm_heads, pointwise, rms_norm_heads
 from memladder.kernels.cuda.products import glu, matmul, qkv, use_workspace, workspace_bytes
 from memladder.kernels.cuda.rows import layer_norm, quantise, rms_norm, rotary
@@ -12,7 +14,10 @@ from memladder.kernels.cuda.window import windowed_attention
 
 __all__ = [
     "INTERPRETED",
+    "advance",
     "attention",
+    "cache_append",
+    "cached_attention",
     "glu",
     "has_wgmma",
     "layer_norm",
@@ -24,6 +29,7 @@ __all__ = [
     "rms_norm",
     "rms_norm_heads",
     "rotary",
+    "rotary_at",
     "use_workspace",
     "windowed_attention",
     "workspace_bytes",

@@ -75,7 +75,7 @@ def _norm(x, weight, bias, out, columns, eps, CENTRED: tl.constexpr, WHOLE: tl.c
 
 
 @triton.jit
-def _on_grid(values, TOP: tl.constexpr, MANTISSA: tl.constexpr, STEP: tl.constexpr):
+def on_grid(values, TOP: tl.constexpr, MANTISSA: tl.constexpr, STEP: tl.constexpr):
     """float32 rounded to an element of that many mantissa bits and that smallest subnormal.
 
     To nearest, ties to even, saturating: what the hardware's conversion does, done by hand, since
@@ -131,7 +131,7 @@ def _quantise(x, codes, scales, columns, TOP: tl.constexpr, MANTISSA: tl.constex
         else:
             values = tl.div_rn(values, tl.zeros_like(values) + scale)
         if not (HARDWARE and codes.dtype.element_ty.primitive_bitwidth == 8 and MANTISSA > 0):
-            values = _on_grid(values, TOP, MANTISSA, STEP)
+            values = on_grid(values, TOP, MANTISSA, STEP)
         tl.store(codes + at, values.to(codes.dtype.element_ty), mask=inside)
 
 
@@ -151,7 +151,7 @@ def _quantise_blocks(x, codes, scales, columns, groups, TOP: tl.constexpr, MANTI
     code = tl.maximum(exponent - EXPONENT, 0)
     inverse = ((254 - code) << 23).to(tl.float32, bitcast=True)
     code = tl.where(exponent == 255, 255, code)
-    values = _on_grid(values * inverse[:, None], TOP, MANTISSA, STEP)
+    values = on_grid(values * inverse[:, None], TOP, MANTISSA, STEP)
     tl.store(codes + row * columns + at, values.to(codes.dtype.element_ty), mask=inside)
     tl.store(scales + row * groups + block, code.to(tl.uint8), mask=block < groups)
 

@@ -33,6 +33,7 @@ from memladder.meter.protocol import (
     Order,
     PhaseStart,
     Planned,
+    Prepared,
     decode_order,
     encode,
     one_line,
@@ -120,8 +121,9 @@ def _framework(order: Order) -> Framework:
     return frameworks.load(order.module, order.jobs[0].case.framework)
 
 
-def _prepare(order: Order, _: Channel) -> None:
+def _prepare(order: Order, channel: Channel) -> None:
     _framework(order).prepare(order.jobs[0].job())
+    channel.send(Prepared())
 
 
 def _plan(order: Order, channel: Channel) -> None:

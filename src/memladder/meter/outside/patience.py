@@ -57,9 +57,11 @@ def _wait_for_room(
     """Wait until `needed` bytes would fit where the case takes them; why they never did."""
     host = HostMemory()
     while True:
-        fraction, here = limits.host_fraction, needed if device is None else 0
+        room = None if device is None else device.memory_bytes
+        # A GPU whose memory is not told shares the host's.
+        fraction, here = limits.host_fraction, needed if room is None else 0
         full = [one for one in host.read_all() if one.used + here > fraction * one.limit]
-        if device is not None and device.used_bytes() + needed > device.memory_bytes:
+        if device is not None and room is not None and device.used_bytes() + needed > room:
             used, reason = device.used_bytes(), "device memory is in use by others"
         elif full:
             used = full[0].used

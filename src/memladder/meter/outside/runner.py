@@ -11,7 +11,7 @@ from pathlib import Path
 from memladder import frameworks, models
 from memladder.core import devices
 from memladder.core.case import Case, Workload
-from memladder.core.devices import Device
+from memladder.core.devices import UNKNOWN, Device
 from memladder.core.errors import RecordError, UnavailableError, UsageError, WorkerError
 from memladder.core.record import (
     ForeignProcess,
@@ -298,7 +298,7 @@ def _run(story: Story, started: str) -> Run:
         polls=len(polls),
         polls_per_s=len(polls) / ((whole.end_ns - whole.start_ns) / 1e9),
         longest_gap_s=samples.longest_gap_ns(polls) / 1e9,
-        idle_device_bytes=samples.idle,
+        idle_device_bytes=None if samples.idle == UNKNOWN else samples.idle,
         foreign=_foreign(story, source),
         categories=story.finished.categories,
         trace=samples.trace(spans, source),
@@ -309,13 +309,19 @@ def _foreign(story: Story, source: Source) -> tuple[ForeignProcess, ...]:
     """Processes of others on the device.
 
     Where NVML attributes nothing to our process ids, it may know our worker under the number of
-    another process namespace: one that has no name here and came after the start.
+    another process namespace: the one that has no name here and came after the start. Of several
+    nobody can tell which is ours: all of them are listed.
     """
+    maybe_ours = [
+        pid
+        for pid, (name, _) in story.others.items()
+        if source is Source.NVML_DEVICE_DELTA and name == "unknown" and pid not in story.before
+    ]
     found = []
     for pid, (name, most) in sorted(story.others.items()):
-        maybe_ours = source is Source.NVML_DEVICE_DELTA and name == "unknown"
-        if not maybe_ours or pid in story.before:
-            found.append(ForeignProcess(pid, name, most))
+        if [pid] != maybe_ours:
+            label = f"{name}, perhaps ours" if pid in maybe_ours else name
+            found.append(ForeignProcess(pid, label, most))
     return tuple(found)
 
 

@@ -71,17 +71,20 @@ class Polls:
 
 @dataclass
 class Samples:
-    """All readings of one worker. `idle` is the device's used bytes before it started."""
+    """All readings of one worker. `idle` is the device's used bytes before it started: None where
+    there is no device, `UNKNOWN` where they are not told."""
 
     polls: Polls = field(default_factory=Polls)
     counts: list[PageCount] = field(default_factory=list)
     idle: int | None = None
 
     def source(self) -> Source:
-        """Where the headline comes from: the best that was there to read."""
+        """Where the headline comes from: the best that was there to read. Raises RecordError."""
         if self.idle is None:
             return Source.PSS
         if UNKNOWN in self.polls.ours or not any(self.polls.ours):
+            if self.idle == UNKNOWN:
+                raise RecordError("the driver tells neither the device's bytes nor its processes'")
             return Source.NVML_DEVICE_DELTA
         return Source.NVML_PROCESS
 
@@ -115,7 +118,7 @@ class Samples:
             peak_bytes=max(ours) if ours else top.pss,
             end_bytes=ours[-1] if ours else counts[-1].pss,
             device_peak_bytes=max(ours) if ours else None,
-            device_total_peak_bytes=max(self.polls.total[i] for i in polls) if ours else None,
+            device_total_peak_bytes=_known(max(self.polls.total[i] for i in polls)),
             pss_peak_bytes=top.pss,
             uss_peak_bytes=max(one.uss for one in counts),
             rss_peak_bytes=rss_peak,
@@ -156,6 +159,10 @@ class Samples:
                     self.polls.rss[index],
                 )
         return points
+
+
+def _known(size: int) -> int | None:
+    return None if size == UNKNOWN else size
 
 
 def _edges(indices: range) -> tuple[int, ...]:

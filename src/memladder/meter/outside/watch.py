@@ -12,7 +12,7 @@ from memladder.core.devices import Device
 from memladder.core.errors import RecordError, WorkerError
 from memladder.core.host import HostMemory
 from memladder.core.processes import Resident
-from memladder.core.record import Status
+from memladder.core.record import PHASES, Status
 from memladder.core.text import clean
 from memladder.core.units import format_bytes
 from memladder.meter.environment import RUNNER_VARIABLES
@@ -34,6 +34,7 @@ from memladder.meter.protocol import (
     Order,
     PhaseStart,
     Planned,
+    Prepared,
     decode,
     one_line,
 )
@@ -87,6 +88,7 @@ class Story:
     starts: list[PhaseStart] = field(default_factory=list)
     finished: Finished | None = None
     checked: list[Checked] = field(default_factory=list)
+    prepared: bool = False
     planned: Planned | None = None
     samples: Samples = field(default_factory=Samples)
     others: Mapping[int, tuple[str, int | None]] = field(default_factory=dict)
@@ -202,6 +204,7 @@ class Watch:
 
     def _take(self, message: Message, worker: GuardedWorker, sampler: Sampler) -> None:
         story = self.story
+        require_order(story, message, time.monotonic_ns())
         match message:
             case PhaseStart():
                 story.starts.append(message)
@@ -214,6 +217,8 @@ class Watch:
                 story.finished = message
             case Checked():
                 story.checked.append(message)
+            case Prepared():
+                story.prepared = True
             case Planned():
                 story.planned = message
             case Failure():
@@ -237,12 +242,14 @@ class Watch:
 
     def _shortage(self, sampler: Sampler) -> Shortage:
         """Who holds the memory that the case runs in, at this moment."""
-        if self._device is None:
+        limit = self._device.memory_bytes if self._device else None
+        if self._device is None or limit is None:
+            # A GPU whose memory is not told shares the host's.
             return self._memory.now(sampler.held)
         total, own = self._device.used_bytes(), sampler.device_bytes
         if own is None:
             own = max(total - (sampler.samples.idle or 0), 0)
-        return Shortage(own, max(total - own, 0), self._device.memory_bytes)
+        return Shortage(own, max(total - own, 0), limit)
 
     def _who_holds(self, sampler: Sampler) -> str:
         if self._device is None:
@@ -299,7 +306,7 @@ class Watch:
             case Mode.PLAN:
                 return self.story.planned is not None
             case Mode.PREPARE:
-                return True
+                return self.story.prepared
 
     def _killed_for_memory(self) -> Problem | None:
         by_kernel = self._host.oom_kills() > self._kills_before
@@ -314,3 +321,18 @@ class Watch:
             reason = f"{reason}; {who_holds([os.getpid()])}"
             return Problem(Status.BUSY, reason, None, short.own, needed_bytes=short.own)
         return None
+
+
+def require_order(story: Story, message: Message, now_ns: int) -> None:
+    """Raise ValueError for a message that can't follow those before it, or is of the future."""
+    match message:
+        case PhaseStart(name, ns):
+            done = [start.name for start in story.starts]
+            follows = name in PHASES and not set(PHASES[PHASES.index(name) :]) & set(done)
+        case Hold(ns) | Finished(ns=ns):
+            follows = bool(story.starts)
+        case _:
+            return
+    last = story.starts[-1].ns if story.starts else 0
+    if not follows or story.finished is not None or not last <= ns <= now_ns:
+        raise ValueError(f"a worker's message out of order: {message!s:.120}")

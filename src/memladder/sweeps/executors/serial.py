@@ -56,18 +56,22 @@ class View(Protocol):
 
 @dataclass(frozen=True)
 class Outcome:
-    """All records of the sweep's cases, and the checks of the frameworks that ran."""
+    """All records of the sweep's cases, and the checks of the frameworks that ran.
+
+    `unverified` are frameworks whose check broke down: their records say nothing of their numerics.
+    """
 
     records: tuple[Record, ...]
     verifications: tuple[Verification, ...]
+    unverified: tuple[str, ...] = ()
 
     @property
     def succeeded(self) -> bool:
-        """Did all that could run here end in a measurement or an honest out-of-memory?"""
+        """Did all that could run here end in a measurement or an honest out-of-memory, and was
+        each framework found to agree?"""
         ended = (*_FINAL, Status.UNAVAILABLE)
-        return all(r.status in ended for r in self.records) and all(
-            v.agrees for v in self.verifications
-        )
+        measured = all(r.status in ended for r in self.records)
+        return measured and not self.unverified and all(v.agrees for v in self.verifications)
 
 
 def sweep(
@@ -82,15 +86,19 @@ def sweep(
     for path, reason in contents.foreign.items():
         kept = store.set_aside(path)
         view.warning(f"{path} is not a record of memladder ({reason}); moved to {kept}")
-    verifications: dict[str, Verification] = {}
+    # None where there is no output to check.
+    verifications: dict[str, Verification | None] = {}
+    unverified = []
     records = []
     prepared: set[str] = set()
     for case in cases:
         name = case.framework
-        if name not in verifications:
-            checked = _verification(case, store, contents, options, view)
-            if checked is not None:
-                verifications[name] = checked
+        if name not in verifications and name not in unverified:
+            try:
+                verifications[name] = _verification(case, store, contents, options, view)
+            except MemladderError as error:
+                unverified.append(name)
+                view.warning(f"{name} could not be verified: {error}")
         job = Job(case, configs[case.model], options.cache_dir, options.seed)
         started = time.monotonic()
         known = None if options.fresh else _known(job, contents, options)
@@ -103,7 +111,7 @@ def sweep(
                 framework,
                 repeats=options.repeats,
                 limits=options.limits,
-                log_path=store.log_path(case.id),
+                log_path=store.log_path(store.name(case)),
                 on_event=view.event,
                 prepare=made not in prepared,
             )
@@ -114,7 +122,8 @@ def sweep(
             record = known
         view.finished(record, time.monotonic() - started, known is not None)
         records.append(record)
-    return Outcome(tuple(records), tuple(verifications.values()))
+    checked = tuple(found for found in verifications.values() if found is not None)
+    return Outcome(tuple(records), checked, tuple(unverified))
 
 
 def _known(job: Job, contents: Contents, options: SweepOptions) -> Record | None:
@@ -138,7 +147,10 @@ def _known(job: Job, contents: Contents, options: SweepOptions) -> Record | None
 def _verification(
     case: Case, store: Store, contents: Contents, options: SweepOptions, view: View
 ) -> Verification | None:
-    """The framework's check against the reference: the store's if it is of this environment."""
+    """The framework's check against the reference: the store's if it is of this environment.
+
+    None for one that plans and has no output. Raises MemladderError where the check breaks down.
+    """
     framework = frameworks.get(case.framework)
     if availability(case.framework, case.device).plans:
         return None  # There is no output to check.
@@ -152,19 +164,15 @@ def _verification(
         ):
             return known
     view.verifying(case.framework)
-    try:
-        verification = runner.verify(
-            case.framework,
-            framework,
-            case.device,
-            cache_dir=options.cache_dir,
-            limits=options.limits,
-            log_path=store.log_path(f"verification_{case.framework}"),
-            on_event=view.event,
-        )
-    except MemladderError as error:
-        view.warning(f"{case.framework} could not be verified: {error}")
-        return None
+    verification = runner.verify(
+        case.framework,
+        framework,
+        case.device,
+        cache_dir=options.cache_dir,
+        limits=options.limits,
+        log_path=store.log_path(f"verification_{case.framework}"),
+        on_event=view.event,
+    )
     store.save(verification)
     if not verification.agrees:
         view.warning(

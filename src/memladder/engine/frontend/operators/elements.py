@@ -25,6 +25,9 @@ from memladder.engine.frontend.scores import Scores
 from memladder.engine.frontend.views import Value
 from memladder.engine.graph.nodes import Array, ByColumn, Linear, Node, Norm, Pointwise
 
+# Rotary positions have two, or four where halves are written apart.
+_MOST_TERMS = 8
+
 
 def _unary(function: str) -> Rule:
     def rule(converter: Converter, operator: Operator, given: Sequence[Any]) -> Result:
@@ -172,7 +175,9 @@ def both(converter: Converter, function: str, x: Value, other: Value) -> Value:
     shape = broadcast_shapes(x.shape, other.shape)
     x, other = views.refined(broadcast(x, shape), broadcast(other, shape))
     if function == "add" and x.node is other.node:
-        return views.add(x, other)
+        found = views.add(x, other)
+        # A sum of sums of itself would have twice as many terms with each operator.
+        return found if len(found.terms) <= _MOST_TERMS else converter.settled(found)
     one, two = converter.flat(x), converter.flat(other)
     made = Pointwise(one.columns, converter.source, function, (one, two))
     return converter.whole(converter.nodes(made), x.axes)
