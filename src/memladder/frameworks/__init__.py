@@ -17,7 +17,14 @@ from collections.abc import Mapping
 from memladder.core.errors import UsageError
 from memladder.frameworks.base import Framework
 
-_NOT_FRAMEWORKS = {"base", "tensorrt_build", "torch_common", "torch_quantised", "vllm_engine"}
+_NOT_FRAMEWORKS = {
+    "base",
+    "tensorrt_build",
+    "torch_common",
+    "torch_quantised",
+    "torch_whole",
+    "vllm_engine",
+}
 
 
 def names() -> tuple[str, ...]:

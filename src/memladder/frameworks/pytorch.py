@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import importlib
 import importlib.metadata
 import importlib.util
 import os
@@ -32,6 +31,7 @@ class PyTorch(Framework):
     """torch.compile with Inductor, CPU or CUDA."""
 
     title = "PyTorch-Inductor"
+    wholes = pasts = any_family = True
     packages: tuple[str, ...] = ("torch", "triton", "transformers", "safetensors")
 
     def availability(self, device: str) -> Availability:
@@ -53,12 +53,21 @@ class PyTorch(Framework):
         return inductor_environment(case)
 
     def prepare(self, job: Job) -> None:
-        """The layer's weights."""
+        """Weights, and the past."""
+        if job.model is not None:
+            from memladder.frameworks.torch_whole import source
+
+            source(job).prepare(job.case.shape)
+            return
         weights.ensure(job.config, job.cache_dir, job.seed)
+        if job.case.shape.past:
+            from memladder.models import past
+
+            past.ensure(job.config, job.cache_dir, job.case.shape.past, job.seed)
 
     def makes(self, job: Job) -> str:
-        """The same for all shapes."""
-        return f"{job.config.digest} weights"
+        """The same for all shapes of one past."""
+        return f"{job.digest} {job.case.layers} {job.case.shape.past} weights"
 
     def tolerance(self, device: str) -> float:
         """Four unit roundoffs of the dtype: 2^-11 in float16, 2^-8 in bfloat16, the CPU's worst.
@@ -69,6 +78,10 @@ class PyTorch(Framework):
 
     def session(self, job: Job, announce: Callable[[str], None]) -> Session:
         """Import torch and the layer's module."""
+        if job.model is not None:
+            from memladder.frameworks.torch_whole import WholeSession
+
+            return WholeSession(job, announce)
         return InductorSession(job, announce)
 
 
@@ -100,12 +113,12 @@ class InductorSession(Session):
         os.environ.setdefault("TRITON_CACHE_DIR", str(job.cache_dir / "triton"))
         import torch
 
-        from memladder.models import layer
+        from memladder.models import capture, layer
 
-        # The model's own code; a model's name is its folder's name in transformers.
-        importlib.import_module(f"transformers.models.{job.case.model}.modeling_{job.case.model}")
+        capture.import_family(job.config.model)
         self._torch = torch
         self._load = layer.load
+        self._set_length = capture.set_length
         self._device = torch.device(job.case.device)
         self._dtype, self._dtype_reason = self.dtype()
 
@@ -129,6 +142,13 @@ class InductorSession(Session):
         path = weights.ensure(job.config, job.cache_dir, job.seed)
         with memory_errors():
             self._layer = self.place(path)
+            self._attention = self._layer.attention
+            if job.case.shape.past:
+                from memladder.models import past
+
+                tokens = job.case.shape.past
+                held = past.ensure(job.config, job.cache_dir, tokens, job.seed)
+                past.fill(held, self._layer.kept, tokens)
             states = self._torch.from_numpy(
                 weights.hidden_states(job.config, job.case.shape, job.seed)
             )
@@ -164,9 +184,16 @@ class InductorSession(Session):
         with memory_errors(), self._torch.inference_mode():
             # The last pass's output must not live beside the next one's.
             self._output = None
-            self._output = self._compiled(self._states)
+            self._output = self.passed()
             if self._device.type == "cuda":
                 self._torch.cuda.synchronize(self._device)
+
+    def passed(self) -> torch.Tensor:
+        """The output of one pass over the past."""
+        if self._layer.kept is not None:
+            self._set_length(self._layer.kept, self.job.case.shape.past)
+        found: torch.Tensor = self._compiled(self._states)
+        return found
 
     def output(self) -> np.ndarray:
         """The last pass's output, on the host."""
@@ -176,13 +203,12 @@ class InductorSession(Session):
 
     def settings(self) -> Mapping[str, Setting]:
         """How the layer is compiled, and in what dtype it computes."""
-        attention = "sdpa" if self.job.config.model == "llama" else "eager"
         return {
             "backend": "inductor",
             "fullgraph": True,
             "dynamic": False,
             "inference_mode": True,
-            "attention": attention,
+            "attention": self._attention,
             "dtype": str(self._dtype).removeprefix("torch."),
             "dtype_reason": self._dtype_reason,
             "empty_cache_after_first_run": self._device.type == "cuda",
@@ -196,6 +222,13 @@ class InductorSession(Session):
             **self.held(),
             "buffers": sum(tensor.nbytes for tensor in self._layer.buffers(recurse=False)),
         }
+        if self._layer.kept is not None:
+            found["kv_cache"] = self._layer.kept.keys.nbytes + self._layer.kept.values.nbytes
+        return {**found, **self.allocated()}
+
+    def allocated(self) -> Mapping[str, int]:
+        """What CUDA's caching allocator hands out and holds."""
+        found = {}
         if self._device.type == "cuda":
             stats = self._torch.cuda.memory_stats(self._device)
             for name in ("allocated", "reserved"):

@@ -28,6 +28,7 @@ from memladder.models.config import (
     LayerOutline,
     ModelConfig,
     Shapes,
+    Subject,
     count_elements,
 )
 
@@ -38,8 +39,10 @@ __all__ = [
     "LayerOutline",
     "ModelConfig",
     "Shapes",
+    "Subject",
     "Widths",
     "cache_geometry",
+    "count_elements",
     "definition",
     "hidden_size",
     "layer_config",
@@ -48,6 +51,7 @@ __all__ = [
     "narrow_config",
     "outline",
     "parameters",
+    "quantization",
     "require_fixed_positions",
     "tensor_shapes",
     "widths",
@@ -183,6 +187,15 @@ def parameters(config: LayerConfig) -> int:
     (855654400, 2466437120)
     """
     return count_elements(tensor_shapes(config))
+
+
+def quantization(raw: Mapping[str, Any]) -> str | None:
+    """The method by which a `config.json`'s checkpoint was quantised; None where it was not."""
+    given = raw.get("quantization_config")
+    if given is None:
+        return None
+    method = given.get("quant_method") if isinstance(given, Mapping) else None
+    return method[:40] if isinstance(method, str) else "unnamed"
 
 
 def load_json(path: Path) -> dict[str, Any]:

@@ -284,6 +284,17 @@ def _pretend(layer: Any, workload: Workload, dtype: torch.dtype) -> None:
     set_length(layer, workload.past)
 
 
+PLACES = frozenset(("layer_idx", "layer_id", "layer_number", "layer_index", "block_idx"))
+"""How layers name their own place in a model."""
+
+
+def rename_place(block: nn.Module, number: int) -> None:
+    """Let a layer take itself for the layer of that number."""
+    for module in block.modules():
+        for name in PLACES & vars(module).keys():
+            setattr(module, name, number)
+
+
 def set_length(layer: Any, tokens: int) -> None:
     """Let a static cache's layer hold so many tokens."""
     layer.cumulative_length.fill_(tokens)

@@ -142,6 +142,18 @@ class ModelConfig:
         raise ConfigError(f"there are layers 0 … {self.layer_count - 1}, not {number}")
 
 
+@dataclass(frozen=True)
+class Subject:
+    """What is measured of a model: a layer, or with `model` the whole or some of its layers.
+
+    `note` tells what of its configuration was left out.
+    """
+
+    config: LayerConfig
+    model: ModelConfig | None = None
+    note: str | None = None
+
+
 def count_elements(shapes: Shapes) -> int:
     """Numbers in tensors of these shapes."""
     return sum(math.prod(shape) for shape in shapes.values())

@@ -25,12 +25,14 @@ class Block(nn.Module):
     """hidden_states [batch_size, seq_len, hidden_size] to the same, causal.
 
     What the model around the layer would pass at every call (rotary cos and sin; ALiBi and the
-    causal mask) is kept as buffers. With a past, `cache` is transformers' own, and `kept` the
-    layer's part of it, with room for past and new tokens.
+    causal mask) is kept as buffers. `attention` is how transformers computes it. With a past,
+    `cache` is transformers' own, and `kept` the layer's part of it, with room for past and new
+    tokens.
     """
 
-    def __init__(self, block: nn.Module, call: Call, cache: Any = None):
+    def __init__(self, block: nn.Module, call: Call, attention: str, cache: Any = None):
         super().__init__()
+        self.attention = attention
         self.block = block
         self.cache = cache
         self.kept: Any = None
@@ -70,10 +72,8 @@ def build(config: LayerConfig, workload: Workload, dtype: torch.dtype) -> Block:
     assert found == dict(tensor_shapes(config)), "the outline and transformers disagree"
     call = whole.calls(workload, dtype)[config.number]
     kept = {place: _once(place, tensor) for place, tensor in call.tensors().items()}
-    made = Block(block, call.replaced(kept))
-    if workload.past:
-        made.cache = whole.static_cache(workload.length)
-    return made
+    held = whole.static_cache(workload.length) if workload.past else None
+    return Block(block, call.replaced(kept), whole.attention, held)
 
 
 def load(

@@ -13,38 +13,31 @@ from memladder.models import LayerConfig, layer
 from memladder.models.weights import sequence_states
 
 
-def output(config: LayerConfig, weights_path: Path, shape: Workload, seed: int) -> np.ndarray:
+def output(
+    config: LayerConfig,
+    weights_path: Path,
+    shape: Workload,
+    seed: int,
+    dtype: torch.dtype = torch.float32,
+) -> np.ndarray:
     """float32 [batch_size, seq_len, hidden_size] for the hidden states of the same seed.
 
     With a past, past and new tokens pass at once, and no cache is there.
+
+    In another `dtype` its error is what can be asked for. BLOOM adds ALiBi to the scores in the
+    layer's dtype. The sum reaches slope · seq_len, and from 2048 on neighbouring float16 numbers
+    are 2 apart (bfloat16: 16), so that at 4096 tokens the rounding of the scores alone changes the
+    layer's output by percents. That is the published layer's own property; no framework that
+    computes it faithfully can be closer to float32.
     """
-    return _run(config, weights_path, shape, seed, torch.float32)
+    module = layer.load(config, weights_path, uncached(shape), dtype, torch.device("cpu"))
+    return of_whole_sequences(module, config, shape, seed, dtype)
 
 
 def error(found: np.ndarray, expected: np.ndarray) -> float:
     """‖found − expected‖ / ‖expected‖, in float64; NaN if either holds one."""
     difference = found.astype(np.float64) - expected
     return float(np.linalg.norm(difference) / np.linalg.norm(expected.astype(np.float64)))
-
-
-def rounding(
-    config: LayerConfig,
-    weights_path: Path,
-    shape: Workload,
-    seed: int,
-    dtype: str,
-    expected: np.ndarray,
-) -> float:
-    """The error of the very layer, uncompiled, when it computes in `dtype`: what can be asked for.
-
-    `expected` is the layer's `output`.
-
-    BLOOM adds ALiBi to the scores in the layer's dtype. The sum reaches slope · seq_len, and from
-    2048 on neighbouring float16 numbers are 2 apart (bfloat16: 16), so that at 4096 tokens the
-    rounding of the scores alone changes the layer's output by percents. That is the published
-    layer's own property; no framework that computes it faithfully can be closer to float32.
-    """
-    return error(_run(config, weights_path, shape, seed, getattr(torch, dtype)), expected)
 
 
 def of_whole_sequences(
@@ -67,10 +60,3 @@ def of_whole_sequences(
 def uncached(workload: Workload) -> Workload:
     """The same sequences, all of their tokens in one pass and none in a cache."""
     return Workload(workload.batch_size, workload.length)
-
-
-def _run(
-    config: LayerConfig, weights_path: Path, shape: Workload, seed: int, dtype: torch.dtype
-) -> np.ndarray:
-    module = layer.load(config, weights_path, uncached(shape), dtype, torch.device("cpu"))
-    return of_whole_sequences(module, config, shape, seed, dtype)

@@ -26,8 +26,8 @@ from memladder.models import (
     ModelConfig,
     cache,
     capture,
-    count_elements,
     layer,
+    parameters,
     past,
     tensor_shapes,
     weights,
@@ -55,8 +55,7 @@ class Source:
     @property
     def repeated(self) -> bool:
         """Do all layers of a group have the same values?"""
-        sizes = (count_elements(tensor_shapes(one)) for one in self.layers())
-        return _ITEM_BYTES * sum(sizes) > _OWN_BYTES
+        return _ITEM_BYTES * sum(map(parameters, self.layers())) > _OWN_BYTES
 
     def layers(self) -> list[LayerConfig]:
         """The configuration of each layer, in order."""
@@ -95,15 +94,15 @@ class Source:
             folder / f"past-{tokens}-{number}of{self.count}-{_RECIPE}.safetensors"
             for number in range(self.count)
         ]
-        if all(name.exists() for name in names):
+        if all(path.exists() for path in names):
             return names
         for one in self.layers():
             past.require_keys(one)
         made = Whole(self, Workload(1, tokens), torch.float32, torch.device("cpu"))
         kept = _everything(made)
         with cache.writing(folder):
-            for name, (keys, values) in zip(names, kept, strict=True):
-                with cache.replacing(name) as part:
+            for path, (keys, values) in zip(names, kept, strict=True):
+                with cache.replacing(path) as part:
                     # A view of a larger tensor can't be saved.
                     save_file({"keys": keys.half().clone(), "values": values.half().clone()}, part)
         return names
@@ -140,11 +139,12 @@ class Whole:
         if workload.past:
             self._fill_cache()
 
-    def fill(self, block: nn.Module, _: LayerConfig, path: Path) -> None:
+    def fill(self, block: nn.Module, config: LayerConfig, path: Path) -> None:
         """Each parameter in memory of its own, on the device."""
-        for name, tensor in read(path, self._dtype, self._device):
+        for name in tensor_shapes(config):
             owner, _, leaf = name.rpartition(".")
-            block.get_submodule(owner)._parameters[leaf] = tensor
+            parameter = read(path, name, self._dtype, self._device)
+            block.get_submodule(owner)._parameters[leaf] = parameter
 
     def _fill_around(self) -> None:
         """Tied parameters stay one."""
@@ -156,10 +156,11 @@ class Whole:
             for leaf, parameter in module._parameters.items()
         ]
         named = self.decoder.around()
-        for name, tensor in read(path, self._dtype, self._device):
+        for name, replaced in named.items():
+            filled = read(path, name, self._dtype, self._device)
             for module, leaf, parameter in places:
-                if parameter is named[name]:
-                    module._parameters[leaf] = tensor
+                if parameter is replaced:
+                    module._parameters[leaf] = filled
 
     def _fill_cache(self) -> None:
         source, workload = self.source, self.workload
@@ -211,19 +212,14 @@ class Whole:
         return sum(parameter.nbytes for parameter in self.decoder.around().values())
 
 
-def read(
-    path: Path, dtype: torch.dtype, device: torch.device
-) -> Iterator[tuple[str, nn.Parameter]]:
-    """A file's tensors one after the other, in memory of their own."""
+def read(path: Path, name: str, dtype: torch.dtype, device: torch.device) -> nn.Parameter:
+    """A file's tensor in memory of its own."""
     with safe_open(path, framework="pt", device="cpu") as file:
-        names = list(file.keys())
-    for name in names:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            mapped = file.get_tensor(name)
-            tensor = mapped.to(device=device, dtype=dtype)
-            if tensor is mapped:
-                tensor = mapped.clone()
-        yield name, nn.Parameter(tensor, requires_grad=False)
+        mapped = file.get_tensor(name)
+        tensor = mapped.to(device=device, dtype=dtype)
+        if tensor is mapped:
+            tensor = mapped.clone()
+    return nn.Parameter(tensor, requires_grad=False)
 
 
 def token_ids(source: Source, workload: Workload) -> np.ndarray:

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from memladder import formats
+from memladder import formats, models
 from memladder.core.record import PhaseUse, Record, Run
 from memladder.core.units import MIB, mib
 from memladder.engine.program.floor import Floor, floor
@@ -59,6 +59,9 @@ def rows(records: Iterable[Record], device: str = "cpu") -> tuple[FloorRow, ...]
         _row(record)
         for record in records
         if record.runs
+        # A layer of ours, without a past: nothing else has a least in closed form.
+        and record.case.model in models.names()
+        and not (record.case.whole or record.case.shape.past)
         and record.case.device.partition(":")[0] == device
         and record.case.framework.partition("_")[0] in _ENGINES
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from memladder import frameworks, models
+from memladder import frameworks
 from memladder.core.case import Case, Workload
 from memladder.core.errors import UsageError
 from memladder.core.record import Status
@@ -18,8 +18,8 @@ def availability(framework: str, device: str) -> Availability:
 
 
 def parse_models(text: str) -> tuple[str, ...]:
-    """Comma-separated model names. Raises UsageError."""
-    return _parse_names("model", text, models.names())
+    """Comma-separated models, by name or by path; who reads them knows which are none."""
+    return tuple(dict.fromkeys(_parts("model", text)))
 
 
 def parse_frameworks(text: str, first: Iterable[str] = ()) -> tuple[str, ...]:
@@ -45,11 +45,12 @@ def select(
     framework_names: Iterable[str],
     shapes: Iterable[Workload],
     device: str,
+    layers: int | str = 1,
 ) -> tuple[Case, ...]:
     """The cases in the order they are measured: by model, then framework, smallest shape first."""
-    in_order = sorted(shapes, key=lambda shape: shape.tokens)
+    in_order = sorted(shapes, key=lambda shape: (shape.tokens, shape.past))
     return tuple(
-        Case(model, framework, shape, device)
+        Case(model, framework, shape, device, layers)
         for model in model_names
         for framework in framework_names
         for shape in in_order
