@@ -143,12 +143,7 @@ class InductorSession(Session):
         with memory_errors():
             self._layer = self.place(path)
             self._attention = self._layer.attention
-            if job.case.shape.past:
-                from memladder.models import past
-
-                tokens = job.case.shape.past
-                held = past.ensure(job.config, job.cache_dir, tokens, job.seed)
-                past.fill(held, self._layer.kept, tokens)
+            self.remember()
             states = self._torch.from_numpy(
                 weights.hidden_states(job.config, job.case.shape, job.seed)
             )
@@ -195,8 +190,21 @@ class InductorSession(Session):
         found: torch.Tensor = self._compiled(self._states)
         return found
 
+    def remember(self) -> None:
+        """Put the past into the cache, if there is one."""
+        job = self.job
+        if job.case.shape.past:
+            from memladder.models import past
+
+            held = past.ensure(job.config, job.cache_dir, job.case.shape.past, job.seed)
+            past.fill(held, self._layer.kept, job.case.shape.past)
+
     def output(self) -> np.ndarray:
-        """The last pass's output, on the host."""
+        """A pass's output, on the host. With a past it is a pass of its own: a window that is full
+        has moved on with each pass before."""
+        if self.job.case.shape.past:
+            self.remember()
+            self.run()
         assert self._output is not None
         found: np.ndarray = self._output.float().cpu().numpy()
         return found

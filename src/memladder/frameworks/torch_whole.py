@@ -20,7 +20,7 @@ from memladder.models import capture, whole
 from memladder.models.whole import Source, Whole
 
 if TYPE_CHECKING:
-    import numpy as np
+    pass
 
 
 def source(job: Job) -> Source:
@@ -106,11 +106,9 @@ class WholeSession(InductorSession):
         self._whole.rewind()
         return self._whole(self._ids)
 
-    def output(self) -> np.ndarray:
-        """The last pass's logits, [batch_size, tokens, vocab_size], on the host."""
-        assert self._output is not None
-        found: np.ndarray = self._output.float().cpu().numpy()
-        return found
+    def remember(self) -> None:
+        """Put the past into all layers' caches."""
+        self._whole.remember()
 
     def settings(self) -> Mapping[str, Setting]:
         """The layers', and what of the model's values is repeated."""

@@ -165,12 +165,16 @@ class Whole:
     def _fill_cache(self) -> None:
         source, workload = self.source, self.workload
         self.cache = self.decoder.static_cache(workload.length)
-        files = source.pasts(workload.past)
-        for number, (config, file) in enumerate(zip(source.layers(), files, strict=True)):
-            kept = self.cache.layers[number]
+        for config, kept in zip(source.layers(), self.cache.layers, strict=False):
             layer.allocate(kept, config, workload, self._dtype, self._device)
-            past.fill(file, kept, workload.past)
             self.kept.append(kept)
+        self.remember()
+
+    def remember(self) -> None:
+        """Put the past into the cache."""
+        files = self.source.pasts(self.workload.past)
+        for kept, file in zip(self.kept, files, strict=True):
+            past.fill(file, kept, self.workload.past)
 
     def own_cache(self, number: int) -> Any:
         """A cache that has the layer's part alone, where the first of its group looks for it."""
