@@ -45,21 +45,22 @@ class CachedRunner:
         arena = torch.full((size,), 255, dtype=torch.uint8, device=device)
         self.state = torch.full((planned[0][1].state_bytes,), 255, dtype=torch.uint8, device=device)
         self.past = [0] * cache.slots
-        self._bound = {}
+        self.bound: dict[Workload, tuple[Execution, Positions]] = {}
+        """A program's execution and its sequences' positions, by its shape."""
         for workload, (program, arranged) in zip(workloads, planned, strict=True):
             positions = Positions(cache, workload, torch.device(device))
             execution = Execution(
                 program, arranged, layer, kernels, arena,
                 state=self.state, scalars=positions.scalars,
             )  # fmt: skip
-            self._bound[workload] = execution, positions
+            self.bound[workload] = execution, positions
 
     def run(
         self, workload: Workload, given: Sequence[Tensor], slots: Sequence[int]
     ) -> list[Tensor]:
         """New hidden states [tokens, hidden_size] of each sequence through the program of a shape;
         what comes out for them. The rows of padding hold NaN."""
-        execution, positions = self._bound[workload]
+        execution, positions = self.bound[workload]
         new = [len(part) for part in given]
         positions.set(slots, [self.past[slot] for slot in slots], new)
         rows = execution.input.view(workload.batch_size, workload.seq_len, -1)

@@ -184,19 +184,21 @@ class Exported(NamedTuple):
         return found
 
 
-def exported(name: str, batch_size: int = 2, seq_len: int = 13, attention: str = "") -> Exported:
+def exported(
+    name: str, batch_size: int = 2, seq_len: int = 13, attention: str = "", opset: int = 23
+) -> Exported:
     """A layer of `LAYERS`, exported once for all tests; `attention` is by default `sdpa`."""
     default = "eager" if name in EAGER_ONLY else "sdpa"
-    return _exported(name, batch_size, seq_len, attention or default)
+    return _exported(name, batch_size, seq_len, attention or default, opset)
 
 
 @cache
-def _exported(name: str, batch_size: int, seq_len: int, attention: str) -> Exported:
+def _exported(name: str, batch_size: int, seq_len: int, attention: str, opset: int) -> Exported:
     module = layer(name, batch_size, seq_len, torch.float32, attention)
     given = states(module, batch_size, seq_len, torch.float32)
     folder = Path(tempfile.mkdtemp(prefix="memladder-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return Exported(module, given, export(module, given, folder / "layer.onnx"))
+    return Exported(module, given, export(module, given, folder / "layer.onnx", opset))
 
 
 def export(module: nn.Module, states: Tensor, path: Path, opset: int = 23) -> Path:

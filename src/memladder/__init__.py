@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from memladder.engine.run.layer import load_layer
+    from memladder.engine.run.load import load_model
+    from memladder.predictor.api import fit, predict
 
 __version__ = "0.1.0"
-__all__ = ["load_layer"]
+__all__ = ["fit", "load_layer", "load_model", "predict"]
+# Where each is; only what is asked for is imported.
+_HOMES = {
+    "fit": "memladder.predictor.api",
+    "load_layer": "memladder.engine.run.layer",
+    "load_model": "memladder.engine.run.load",
+    "predict": "memladder.predictor.api",
+}
 
 
 def __getattr__(name: str) -> object:
     # The engine imports torch; the command line and the published figure must start without it.
-    if name in __all__:
-        from memladder.engine.run import layer
-
-        return getattr(layer, name)
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

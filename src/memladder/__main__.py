@@ -7,6 +7,6 @@ if __name__ == "__main__":
         # The working directory, which `-m` puts first.
         del sys.path[0]
 
-    from memladder.cli.main import main
+    from memladder.cli.entry import main
 
     main()

@@ -14,7 +14,7 @@ from memladder.checks.calibration import calibrate
 from memladder.core.case import Case, Workload
 from memladder.core.record import Status
 from memladder.core.units import MIB
-from memladder.environments import ask, install, interpreter
+from memladder.environments import ask, install, interpreter, sources
 from memladder.frameworks.base import Job
 from memladder.meter.outside import runner
 
@@ -41,10 +41,18 @@ def test_a_worker_needs_nothing_but_the_standard_library(
 ) -> None:
     monkeypatch.setenv("MEMLADDER_PYTHON_KNOWN", str(bare))
     # A module in the working directory must not come first.
-    (tmp_path / "json.py").write_text("raise SystemExit('the wrong json')")
-    monkeypatch.chdir(tmp_path)
+    hostile = tmp_path / "hostile"
+    hostile.mkdir()
+    for name in ("json", "memladder", "runpy", "gc", "traceback", "pip", "torch"):
+        (hostile / f"{name}.py").write_text("open('RAN', 'w'); raise SystemExit('the wrong one')")
+    monkeypatch.chdir(hostile)
     (reading,) = calibrate("cpu", tmp_path / "calibration.log", [64 * MIB])
     assert reading.holds
+    monkeypatch.setenv("MEMLADDER_PYTHON_ONNXRUNTIME", str(bare))
+    found = ask.availability("onnxruntime", frameworks.get("onnxruntime"), "cpu")
+    assert found.reason == "numpy not installed"
+    assert sources.for_uv(bare) == []
+    assert not (hostile / "RAN").exists()
     # The worker was that interpreter: memladder came to it through the link.
     assert (tmp_path / "cache" / "source").is_dir()
 

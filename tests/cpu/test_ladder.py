@@ -19,7 +19,7 @@ from memladder.frameworks.base import Job, Session
 from memladder.models import reference, weights
 from memladder.models.cache import default_dir
 from memladder.paper.rows import SYSTEMS
-from memladder.reports import floor
+from memladder.reports import budget
 from memladder.sweeps import store
 from tests import layers
 
@@ -121,7 +121,7 @@ def test_on_cuda_it_says_why_it_can_not_run(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize("framework", ["ladder_fp16_int4", "ladder_int8_int1"])
-def test_the_real_layer_lies_at_its_floor(framework: str, tmp_path: Path) -> None:
+def test_the_real_layer_lies_at_its_budget(framework: str, tmp_path: Path) -> None:
     done = subprocess.run(
         [
             *(sys.executable, str(ROOT / "measure_memory.py"), "--framework", framework),
@@ -140,10 +140,10 @@ def test_the_real_layer_lies_at_its_floor(framework: str, tmp_path: Path) -> Non
     assert record.status is Status.MEASURED
     assert record.steady_bytes is not None
     assert ast.literal_eval(printed) == {record.case.id: round(record.steady_bytes / MIB)}
-    (row,) = floor.rows([record])
+    (row,) = budget.rows([record])
     # figure11.md's table, MiB: int4 420.8, int1 102.2; activations 2.8.
     weight_mib = {"ladder_fp16_int4": 420.8, "ladder_int8_int1": 102.2}[framework]
-    assert row.floor.weights / MIB == pytest.approx(weight_mib, abs=0.05)
-    assert row.used > row.floor.weights, "all weights were read"
+    assert row.budget.weights / MIB == pytest.approx(weight_mib, abs=0.05)
+    assert row.used > row.budget.weights, "all weights were read"
     assert row.used <= 1.05 * (weight_mib + 2.8) * MIB + 64 * MIB
     assert row.holds

@@ -19,7 +19,7 @@ from memladder.kernels import cuda, naive
 from memladder.meter.outside import runner
 from memladder.models.cache import default_dir
 from memladder.models.weights import hidden_states
-from memladder.reports import floor
+from memladder.reports import budget
 from tests.unit.test_layers_cuda import ROWS, output
 
 # By import_module: some modules are hidden by the function of the same name.
@@ -77,7 +77,7 @@ def test_nothing_but_its_own_kernels_runs(key: str, shape: str, cache_dir: Path)
 
 
 @pytest.mark.parametrize("shape", ["1x1", "1x4096"])
-def test_the_real_layer_lies_at_its_floor(shape: str, tmp_path: Path) -> None:
+def test_the_real_layer_lies_at_its_budget(shape: str, tmp_path: Path) -> None:
     case = Case("llama", "ladder_fp16_int4", Workload.parse(shape), "cuda:0")
     record = runner.measure(
         Job(case, models.layer_config("llama"), default_dir()),
@@ -87,9 +87,9 @@ def test_the_real_layer_lies_at_its_floor(shape: str, tmp_path: Path) -> None:
         log_path=tmp_path / "case.log",
     )
     assert record.status is Status.MEASURED, record.reason
-    (row,) = floor.rows([record], "cuda")
+    (row,) = budget.rows([record], "cuda")
     assert row.used <= row.bound
-    assert row.used > row.floor.nbytes
+    assert row.used > row.budget.nbytes
 
 
 def test_a_layer_is_called_with_tensors_of_its_gpu(cache_dir: Path) -> None:

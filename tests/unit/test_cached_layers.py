@@ -11,18 +11,22 @@ import pytest
 import torch
 from torch import Tensor
 
+from memladder import formats
 from memladder.core.case import Workload
 from memladder.core.errors import GraphError, UsageError
 from memladder.engine.compile import bundle
+from memladder.engine.compile import layers as compile_layers
 from memladder.engine.compile.compile import CompileOptions, compile_file
 from memladder.engine.packed import packed_layer
 from memladder.engine.packed.packed_layer import PackedLayer
 from memladder.engine.program.cache import CacheShape
 from memladder.engine.program.plan import plan
+from memladder.engine.program.steps import Rows, Step
 from memladder.engine.run.execute import Execution, arena_bytes
 from memladder.engine.run.positions import Positions
+from memladder.formats.base import Format
 from memladder.kernels import cuda, naive
-from tests import hf_layers
+from tests import hf_layers, layers
 from tests.cached import CachedRunner
 
 # transformers and the exporter warn about their own code.
@@ -66,9 +70,9 @@ def states(layer: PackedLayer, tokens: int, seed: int = 0) -> Tensor:
     return torch.randn(tokens, layer.form.fused.hidden_size, generator=generator).half()
 
 
-def whole(layer: PackedLayer, given: Tensor) -> Tensor:
+def whole(layer: PackedLayer, given: Tensor, activation: Format | None = None) -> Tensor:
     """One sequence through the program without a cache."""
-    program = layer.form.program(Workload(1, len(given)))
+    program = layer.form.program(Workload(1, len(given)), activation)
     planned = plan(program)
     arena = torch.full((arena_bytes(program, planned, naive),), 255, dtype=torch.uint8)
     execution = Execution(program, planned, layer, naive, arena)
@@ -242,3 +246,41 @@ def test_triton_s_kernels(name: str, format: str) -> None:
         found.append(torch.cat(parts))
     bound = 2e-3 if format == "fp16" else 1e-2
     assert hf_layers.relative_error(found[1], found[0]) <= bound
+
+
+@pytest.mark.parametrize(("weight", "activation"), [("fp8", "fp8"), ("int1", "int8"), ("int4", "")])
+def test_quantised_activations(weight: str, activation: str, cache_dir: Path) -> None:
+    path = compile_layers.ensure_packed(layers.narrow("llama"), formats.get(weight), cache_dir, 0)
+    layer = packed_layer.load(path)
+    kind = formats.get(activation) if activation else None
+    given = states(layer, 33)
+    expected = whole(layer, given, kind)
+    for size in (33, 5, 1):
+        workload = Workload(1, size)
+        runner = CachedRunner(layer, CacheShape(1, 33, size), naive, [workload], kind)
+        found = runner.in_turn(workload, given)
+        assert hf_layers.relative_error(found, expected) <= (1e-2 if activation else 2e-3)
+
+
+def test_state_is_no_part_of_the_arena() -> None:
+    layer = packed("llama")
+    plans = [
+        plan(layer.form.program(Workload(3, rows), cache=CacheShape(3, context, 17)))
+        for rows in (1, 17)
+        for context in (65, 6500)
+    ]
+    assert plans[2].nbytes == plans[3].nbytes
+    # Keys and values of two heads of 16 numbers of 2 bytes; each at a multiple of 256.
+    for planned, context in zip(plans, (65, 6500, 65, 6500), strict=True):
+        each = -(-3 * context * 2 * 16 * 2 // 256) * 256
+        assert planned.state == {"keys": 0, "values": each}
+        assert planned.state_bytes == 2 * each
+
+
+def test_scalars_are_not_written() -> None:
+    program = packed("llama").form.program(Workload(1, 1), cache=CacheShape(1, 65, 1))
+    (scalar,) = program.scalars
+    assert (scalar.name, scalar.rows, scalar.columns) == ("positions", 1, 3)
+    wrong = Step("advance", {}, {"positions": Rows("positions", 0, 1)})
+    with pytest.raises(ValueError, match="advance: writes the scalar positions"):
+        replace(program, steps=(*program.steps, wrong))

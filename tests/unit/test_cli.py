@@ -162,6 +162,22 @@ def test_a_second_sweep_in_the_same_folder_is_refused(tmp_path: Path) -> None:
     assert "another memladder is measuring into log" in done.stderr
 
 
+@pytest.mark.parametrize("place", ["a folder", "a record", "a pipe"])
+def test_where_results_can_not_go_is_refused_before_a_sweep(tmp_path: Path, place: str) -> None:
+    results = tmp_path / "results.json"
+    if place == "a folder":
+        results.mkdir()
+    elif place == "a pipe":
+        os.mkfifo(results)
+    else:
+        results.write_text("{}")
+    done = run(*MEMLADDER, "sweep", "--device", "cpu", "--results", results, cwd=tmp_path)
+    assert done.returncode == 2
+    assert str(results) in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "log").exists()
+
+
 @pytest.fixture
 def log(tmp_path: Path) -> Path:
     kept = Store(tmp_path / "log")

@@ -72,6 +72,15 @@ def test_the_compiled_layer_is_the_layer(name: str, tmp_path: Path) -> None:
     assert launches == LAUNCHES[name]
 
 
+# The exporter's default, where attention and norms are spelled out.
+@pytest.mark.parametrize("name", hf_layers.parameters(LAUNCHES, sample=("qwen3", "olmo2")))
+def test_it_takes_as_many_launches_however_it_is_spelled(name: str, tmp_path: Path) -> None:
+    layer = hf_layers.exported(name, opset=20)
+    found, launches = run(layer.path, layer.given, tmp_path, CompileOptions("welder"))
+    assert hf_layers.relative_error(found, layer.expected()) <= 2e-3
+    assert launches == LAUNCHES[name]
+
+
 @pytest.mark.parametrize("name", ["gpt_neox", "qwen3", "mistral"])
 def test_chunks_of_a_long_sequence(name: str, tmp_path: Path) -> None:
     layer = hf_layers.exported(name, 1, 150)

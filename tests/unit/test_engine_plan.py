@@ -487,7 +487,7 @@ def test_a_figures_layer_needs_what_must_be_alive(
     ],
     ids=str,
 )
-def test_a_figures_layer_has_its_floor(
+def test_a_figures_layer_has_its_budget(
     model: str, shape: Workload, published: float, cache_dir: Path
 ) -> None:
     hidden, keys, ffn = {"llama": (8192, 1024, 28672), "bloom": (14336, 14336, 57344)}[model]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -293,3 +294,48 @@ def test_requirements_pin_exact_versions_and_name_no_source(name: str) -> None:
             assert line.startswith("#") or "==" in line, f"{path.name}: {line}"
             assert "://" not in line
             assert not line.startswith("-")
+
+
+@pytest.mark.parametrize("what", ["file", "folder", "cache"])
+def test_an_environment_that_others_could_have_planted_is_refused(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    planted = script(tmp_path / "python", f"#!/bin/sh\ntouch {tmp_path}/RAN\n")
+    file = interpreter.given_file("onnxruntime")
+    file.parent.mkdir(parents=True)
+    file.write_text(json.dumps({"python": str(planted)}))
+    one = {"file": file, "folder": file.parent, "cache": cache}[what]
+    one.chmod(0o777)
+    with pytest.raises(UsageError, match=f"{one} can be written by other users"):
+        interpreter.chosen("onnxruntime")
+    with pytest.raises(UsageError, match="can be written by other users"):
+        ask.availability("onnxruntime", frameworks.get("onnxruntime"), "cpu")
+    assert not (tmp_path / "RAN").exists()
+    one.chmod(0o755 if one.is_dir() else 0o644)
+    assert interpreter.chosen("onnxruntime").python == planted
+
+
+def test_no_environment_is_made_where_others_can_write(cache: Path) -> None:
+    (cache / "environments").mkdir(parents=True)
+    cache.chmod(0o777)
+    with pytest.raises(UsageError, match=f"{cache} can be written by other users"):
+        install.create("onnxruntime", "cpu", None, lambda _: None)
+
+
+def test_uv_reads_no_configuration_of_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """uv.toml may name any index; uv itself is asked what it would say to a broken one."""
+    uv = shutil.which("uv") or shutil.which("uv", path=Path(sys.executable).parent)
+    if uv is None:
+        pytest.skip("uv is not here")
+    hostile = tmp_path / "hostile"
+    hostile.mkdir()
+    (hostile / "uv.toml").write_text("[pip]\nindex-url = 12\n")
+    monkeypatch.chdir(hostile)
+    said: list[str] = []
+    command = [uv, "pip", "list", "--python", sys.executable]
+    assert subprocess.run(command, capture_output=True).returncode != 0
+    interpreter.root().mkdir(parents=True)
+    install._run("uv", command, said.append)
+    assert said

@@ -5,7 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from memladder.engine.frontend.positions import PositionError, read_bias, read_rotation
+from memladder.engine.frontend.positions import (
+    PositionError,
+    read_bias,
+    read_rotation,
+    still_masked,
+)
 
 S = 40
 DISTANCE = np.arange(S)[:, np.newaxis] - np.arange(S)
@@ -46,6 +51,29 @@ def test_slopes_that_are_not_the_papers_are_kept() -> None:
     np.testing.assert_allclose(found.slopes, slopes, rtol=1e-6)
 
 
+def test_what_is_added_to_a_mask_may_undo_it() -> None:
+    lines = 0.5 * np.arange(S).reshape(1, 1, S)
+    assert still_masked([read_bias(mask(S, -1e4)), read_bias(lines)])
+    for added in (1e4 * lines, np.where(DISTANCE >= 0, 0.0, 9999.0)[np.newaxis]):
+        assert still_masked([read_bias(mask(S)), read_bias(added)])
+        assert not still_masked([read_bias(mask(S, -1e4)), read_bias(added)])
+
+
+def test_slopes_that_are_nearly_the_papers_are_kept() -> None:
+    slopes = 1.003 * 4.0 ** -np.arange(1, 5)
+    found = read_bias((slopes[:, np.newaxis, np.newaxis] * np.arange(S)).astype(np.float32))
+    np.testing.assert_allclose(found.slopes, slopes, rtol=1e-6)
+
+
+@pytest.mark.parametrize("low", [-np.inf, -1e9, -1e5, -1e4])
+def test_a_mask_that_is_scaled_masks_or_is_refused(low: float) -> None:
+    found = read_bias(mask(S, low)).times(0.25)
+    assert (found.causal, found.floor) == (True, low / 4)
+    for factor in (0.0, -1.0, 1e-3 if low > -1e6 else 1e-7 if low > -1e10 else -0.5):
+        with pytest.raises(PositionError, match="a mask of"):
+            read_bias(mask(S, low)).times(factor)
+
+
 @pytest.mark.parametrize(
     "added",
     [
@@ -53,8 +81,10 @@ def test_slopes_that_are_not_the_papers_are_kept() -> None:
         np.where(DISTANCE % 2 == 0, 0.0, -np.inf)[np.newaxis],
         np.sqrt(np.arange(S, dtype=float)).reshape(1, 1, S),
         np.concatenate((mask(S), mask(3))),
+        # A hundredth of the straight line's height.
+        (-np.arange(S) - 0.01 * np.sqrt(np.arange(S))).reshape(1, 1, S),
     ],
-    ids=["future", "holes", "curve", "heads"],
+    ids=["future", "holes", "curve", "heads", "bent"],
 )
 def test_other_numbers_are_refused(added: np.ndarray) -> None:
     with pytest.raises(PositionError):
@@ -89,6 +119,47 @@ def test_frequencies_are_found_from_tables(pairs: np.ndarray, dtype: type, base:
     np.testing.assert_allclose(found.frequencies, expected, rtol=2e-7)
     assert found.order.tolist() == pairs.reshape(-1).tolist()
     assert found.scale == 1.0
+
+
+@pytest.mark.parametrize("base", [9999.0, 10001.0, 10009.0, 500001.0, 1234567.0, 10000.5])
+def test_a_base_is_the_tables_and_not_a_round_one_near_it(base: float) -> None:
+    expected = base ** (-np.arange(8) / 8)
+    for pairs in (HALVES, NEIGHBOURS):
+        indices, factors = rotation(expected, pairs, 16, np.float32)
+        found = read_rotation(indices, factors).frequencies.astype(np.float64)
+        angles = np.arange(300)[:, np.newaxis] * (found - expected)
+        # As near as float32 tables are to what they mean at position 300.
+        assert np.abs(angles).max() < 2e-5
+
+
+@pytest.mark.parametrize("digits", [8, 11])
+def test_a_table_of_few_bits_has_the_round_base_that_fits_it(digits: int) -> None:
+    expected = 10000.0 ** (-np.arange(8) / 8)
+    indices, factors = rotation(expected, HALVES, 16)
+    fraction, exponent = np.frexp(factors)
+    rounded = np.ldexp(np.round(np.ldexp(fraction, digits)), exponent - digits)
+    found = read_rotation(indices, rounded)
+    np.testing.assert_allclose(found.frequencies, expected, rtol=2e-7)
+    assert found.scale == 1.0
+
+
+def test_frequencies_that_are_interpolated() -> None:
+    """YaRN (Peng et al. 2023, arXiv:2309.00071): some as they were, some for longer texts."""
+    expected = 10000.0 ** (-np.arange(8) / 8) / np.linspace(1, 4, 8)
+    indices, factors = rotation(expected, HALVES, 16, np.float32)
+    found = read_rotation(indices, factors * 1.0009)
+    assert found.scale == pytest.approx(1.0009, rel=1e-6)
+    np.testing.assert_allclose(found.frequencies, expected, rtol=2e-6)
+
+
+def test_positions_that_are_nearly_in_proportion_are_refused() -> None:
+    places = np.arange(300.0) ** 1.0001
+    angles = places[:, np.newaxis] * 10000.0 ** (-np.arange(8) / 8)
+    indices, factors = rotation(np.zeros(8), HALVES, 16)
+    factors[0] = np.tile(np.cos(angles), 2)
+    factors[1] = np.concatenate((-np.sin(angles), np.sin(angles)), axis=1)
+    with pytest.raises(PositionError, match="in proportion"):
+        read_rotation(indices, factors)
 
 
 def test_frequencies_of_no_series_are_as_exact_as_their_table() -> None:

@@ -255,3 +255,45 @@ def test_any_flipped_byte_of_the_header_is_harmless(path: Path) -> None:
 def _data_start(path: Path) -> int:
     with path.open("rb") as file:
         return 8 + int.from_bytes(file.read(8), "little")
+
+
+# The largest magnitude of which a group, or a row, has no scale: half of float16's smallest number
+# (2^-25) times the largest code, or of float32's (2^-150) or E8M0's (2^-127) scale.
+LEAST = {
+    "fp16": 2.0**-25,
+    "int4": 7.5 * 2.0**-25,
+    "int4:zero_point=true": 15 / 2 * 2.0**-25,
+    "nf4": 2.0**-25,
+    "int2": 2.0**-25,
+    "int1": 2.0**-25,
+    "fp8:scale=float16": 448 * 2.0**-25,
+    "fp8": 448 * 2.0**-150,
+    "int8": 127 * 2.0**-150,
+}
+
+
+@pytest.mark.parametrize("spec", LEAST)
+def test_scales_that_vanish_are_refused(spec: str) -> None:
+    """A group of one magnitude, of both signs; the others' are fine, and so are zeros."""
+    kind = formats.get(spec)
+    values = torch.ones(3, 256)
+    values[:, ::2] = -1
+    values[1, :128] = 0
+    packing._quantised(kind, values, "w")
+    small = values.clone()
+    small[2] *= LEAST[spec] * 0.98
+    with pytest.raises(FormatError, match=r"^w: .* has no (scale|value) that small: of \d+ group"):
+        packing._quantised(kind, small, "w")
+    packing._quantised(kind, small * 8, "w")
+    packing._quantised(kind, torch.zeros(3, 256), "w")
+
+
+@pytest.mark.parametrize("spec", ["mxfp8", "mxfp4"])
+def test_blocks_below_the_least_power_of_two_are_refused(spec: str) -> None:
+    kind = formats.get(spec)
+    values = torch.ones(2, 64)
+    values[1, 32:] = 2.0**-127 * 0.9
+    with pytest.raises(FormatError, match=r"of 1 groups the largest weight is 5.3e-39"):
+        packing._quantised(kind, values, "w")
+    values[1, 32:] = 2.0**-118
+    packing._quantised(kind, values, "w")

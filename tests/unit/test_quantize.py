@@ -75,9 +75,9 @@ def compiled(cache_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def weights(config: dict[str, Any], prefix: str, dtype: torch.dtype, seed: int = 0) -> Weights:
     """A layer's tensors with their names in a checkpoint."""
     generator = torch.Generator().manual_seed(seed)
-    shapes = models.definition(config["model_type"]).tensor_shapes(
-        models.definition(config["model_type"]).read(config)
-    )
+    model = config["model_type"]
+    layer = models.LayerConfig(model, models.definition(model).read(config))
+    shapes = models.tensor_shapes(layer)
     return {
         prefix + name: torch.randn(shape, generator=generator).mul_(0.02).to(dtype)
         for name, shape in shapes.items()
@@ -360,6 +360,23 @@ BAD_CHECKPOINTS: dict[str, tuple[Damage, str]] = {
     "extra tensor": (
         retensor(**{"mlp.gate.weight": torch.zeros(1)}),
         "config.json knows nothing of tensor 'h.0.mlp.gate.weight'",
+    ),
+    "adapter": (
+        retensor(**{UP.removesuffix("weight") + "lora_A": torch.zeros(8, 192)}),
+        "knows nothing of tensor 'h.0.mlp.dense_h_to_4h.lora_A', which belongs to layer 0",
+    ),
+    "scale": (retensor(**{f"{UP}_scale": torch.ones(1)}), f"knows nothing of tensor 'h.0.{UP}_sca"),
+    "quantised already": (
+        reconfigure(quantization_config={"quant_method": "gptq", "bits": 4}),
+        "quantization_config says that the weights are quantised already, by 'gptq'; wanted: ",
+    ),
+    "scales that vanish": (
+        retensor(**{UP: torch.randn(768, 192).mul_(1e-8).half()}),
+        f"{UP}: int4 has no scale that small",
+    ),
+    "norm that vanishes": (
+        retensor(**{NORM: torch.full((192,), 1e-9)}),
+        f"{NORM}: fp16 has no value that small; all of it would be zero",
     ),
     "wrong shape": (
         retensor(**{DOWN: torch.zeros(768, 192).half()}),

@@ -9,7 +9,7 @@ from memladder.core.record import Status
 from memladder.core.units import mib
 from memladder.paper import published
 from memladder.paper.rows import MODELS, SHAPES
-from memladder.reports import floor
+from memladder.reports import budget
 from memladder.sweeps import store
 
 ROOT = Path(__file__).parents[2]
@@ -66,12 +66,12 @@ def test_the_table_is_what_was_measured(where: tuple[str, str], framework: str, 
 
 
 @pytest.mark.parametrize(("name", "device"), [("cpu", "cpu"), ("h100", "cuda")])
-def test_the_floor_pages_are_what_was_measured(name: str, device: str) -> None:
+def test_the_budget_pages_are_what_was_measured(name: str, device: str) -> None:
     records = store.read(ROOT / "results" / f"{name}.json").records
-    rows = floor.rows(records, device)
+    rows = budget.rows(records, device)
     assert len(rows) == 36 + 6
     assert all(row.holds for row in rows)
-    assert floor.to_markdown(rows) in (ROOT / "docs/evidence" / f"floor-{name}.md").read_text()
+    assert budget.to_markdown(rows) in (ROOT / "docs/evidence" / f"budget-{name}.md").read_text()
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -264,6 +264,7 @@ def test_rows():
         status="measured",
         steady_mib=2000.0,
         peak_mib=4000.0,
+        over_import_mib=None,
         spread_percent=10.0,
         asked_mib=None,
         published_mib=2660,
@@ -272,6 +273,40 @@ def test_rows():
     assert (second.steady_mib, second.peak_mib, second.asked_mib) == (None, None, 1.5)
     assert (second.published_mib, second.reason) == (4866, "because")
     assert [row.published_mib for row in table.rows([measured], {})] == [None]
+
+
+def _imported(imported_mib, steady_mib, source=Source.PSS):
+    made = run(steady_mib)
+    base = replace(made.phases[0], name="import", peak_bytes=1, end_bytes=imported_mib * MIB)
+    return replace(made, source=source, phases=(base, *made.phases[1:]))
+
+
+def test_growth_over_import_stands_beside_the_total_on_the_cpu():
+    runs = (_imported(190, 400), _imported(200, 500), _imported(210, 430))
+    packages = {"torch": "2.13.0+cpu"}
+    measured = record(runs=runs, environment=replace(ENVIRONMENT, packages=packages))
+    assert (measured.import_bytes, measured.over_import_bytes) == (200 * MIB, 220 * MIB)
+    assert table.rows([measured], {})[0].over_import_mib == 220.0
+    # Of a device's bytes libraries of the host are no part.
+    on_gpu = replace(measured, runs=(_imported(190, 400, Source.NVML_PROCESS),))
+    assert (on_gpu.import_bytes, on_gpu.over_import_bytes) == (None, None)
+    assert not any("import" in note for note in notes_from([on_gpu]))
+
+
+def test_the_figure_says_what_libraries_take_and_of_which_build():
+    def made(imported, version):
+        environment = replace(ENVIRONMENT, packages={"torch": version} if version else {})
+        return record(runs=(_imported(imported, 2000),), environment=environment)
+
+    note = "Of each bar imported libraries take "
+    assert f"{note}190.0 MiB (torch 2.13.0+cpu)." in notes_from([made(190, "2.13.0+cpu")])
+    gpu = made(725, "2.11.0+cu130")
+    assert f"{note}725.0 MiB (torch 2.11.0+cu130, a CUDA build, which takes more)." in notes_from(
+        [gpu]
+    )
+    assert f"{note}45.0 MiB to 190.0 MiB (torch 2.13.0+cpu)." in notes_from(
+        [made(190, "2.13.0+cpu"), made(45, None)]
+    )
 
 
 def test_csv_round_trip():

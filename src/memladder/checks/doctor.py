@@ -14,6 +14,7 @@ from memladder.core.devices import Device, Nvml
 from memladder.core.errors import DeviceError
 from memladder.core.host import HostMemory
 from memladder.core.units import format_bytes
+from memladder.frameworks import torch_common
 from memladder.meter.environment import cpu_name
 
 # A device with this much in use before a case leaves less for it than its memory says.
@@ -32,7 +33,7 @@ class Finding:
 
 def findings() -> tuple[Finding, ...]:
     """Everything about this machine that decides what can be measured, in order of weight."""
-    return (*_gpus(), *_host(), *_compilers(), _headers())
+    return (*_gpus(), *_host(), _torch(), *_compilers(), _headers())
 
 
 def _gpus() -> Iterator[Finding]:
@@ -95,6 +96,19 @@ def _host() -> Iterator[Finding]:
         bool(own),
         None if own else "use a Linux kernel with /proc/PID/smaps; the CPU can't be measured",
     )
+
+
+def _torch() -> Finding:
+    version, cuda = torch_common.torch_version(), torch_common.cuda_build()
+    if version is None:
+        return Finding("PyTorch", "not installed")
+    if cuda is None:
+        return Finding("PyTorch", f"{version}, a CPU build")
+    text = (
+        f"{version}, built for CUDA {cuda}: on the CPU its libraries take some 500 MiB more than "
+        "a CPU build's"
+    )
+    return Finding("PyTorch", text)
 
 
 def _compilers() -> Iterator[Finding]:

@@ -6,7 +6,6 @@ stdout carries results only; progress, warnings and hints go to stderr.
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +19,8 @@ from rich.table import Table
 from memladder import frameworks, models
 from memladder.cli import subjects
 from memladder.cli.console import plain_console
+from memladder.cli.ending import say
+from memladder.cli.terminal import telling
 from memladder.core.case import Case, Workload
 from memladder.core.errors import UnavailableError, UsageError
 from memladder.core.files import writable_folder, write_atomic
@@ -97,7 +98,7 @@ class Request:
         for name, subject in found.items():
             for note in (subject.note, subjects.too_long(subject, self.workloads)):
                 if note:
-                    print(f"note: {name}: {note}", file=sys.stderr)
+                    say(f"note: {name}: {note}")
         return found
 
     def options(self) -> serial.SweepOptions:
@@ -252,15 +253,14 @@ def _measure_one(job: Job, options: serial.SweepOptions, kept: store.Store) -> R
     name = job.case.framework
     if name not in frameworks.names():
         return runner.unavailable(job.case, sweep_cases.availability(name, job.case.device))
-    console = plain_console(stderr=True)
-    with console.status("starting") as status:
+    with telling(job.case.id, plain_console(stderr=True)) as tell:
         return runner.measure(
             job,
             frameworks.get(name),
             repeats=options.repeats,
             limits=options.limits,
             log_path=kept.log_path(kept.name(job.case)),
-            on_event=lambda event: status.update(f"{job.case.id}: {event}"),
+            on_event=tell,
         )
 
 
@@ -273,7 +273,8 @@ def _explain(record: Record, path: Path) -> None:
         lines = [f"{record.status}: {record.reason}; record: {path}"]
     if record.hint:
         lines.append(f"to get it: {record.hint}")
-    print("\n".join(lines), file=sys.stderr)
+    for line in lines:
+        say(line)
 
 
 def sweep(request: Request) -> int:
@@ -308,7 +309,7 @@ def sweep(request: Request) -> int:
             request.results, list(outcome.records), list(outcome.verifications)
         )
         for line in told:
-            print(f"warning: {line}", file=sys.stderr)
+            say(f"warning: {line}")
     _draw(records, outcome.verifications, request.output_dir)
     return 0 if outcome.succeeded else 1
 
@@ -347,7 +348,7 @@ def verify(request: Request) -> int:
     agree = True
     with kept.locked():
         for name in runnable:
-            with console.status(f"checking {name}"):
+            with telling(name, console) as tell:
                 verification = runner.verify(
                     name,
                     frameworks.get(name),
@@ -355,6 +356,7 @@ def verify(request: Request) -> int:
                     cache_dir=options.cache_dir,
                     limits=options.limits,
                     log_path=kept.log_path(f"verification_{name}"),
+                    on_event=tell,
                 )
             kept.save(verification)
             agree = agree and verification.agrees
@@ -474,14 +476,16 @@ def print_table(path: Path, form: str) -> None:
 
 
 def show_floor(path: Path) -> int:
-    """Print the engine's measured cells against their floor; 1 when one is beyond its bound."""
-    from memladder.reports import floor
+    """Print the engine's measured cells against their budget; 1 when one is beyond its bound."""
+    from memladder.reports import budget
 
     records = _read_store(path).records
-    tables = [found for device in ("cpu", "cuda") if (found := floor.rows(records, device))]
+    tables = [
+        found for device in ("cpu", "cuda") if (found := budget.rows(records, device, _left_out))
+    ]
     if not tables:
         raise UsageError(f"{path} holds no measured cell of ladder")
-    print("\n".join(map(floor.to_markdown, tables)), end="")
+    print("\n".join(map(budget.to_markdown, tables)), end="")
     return 0 if all(row.holds for rows in tables for row in rows) else 1
 
 
@@ -522,10 +526,14 @@ def calibrate(device: str, output_dir: Path) -> int:
     return 0 if holds else 1
 
 
+def _left_out(line: str) -> None:
+    say(f"warning: {line}; left out")
+
+
 def _read_store(path: Path) -> store.Contents:
     contents = store.read(path)
     for line in contents.complaints():
-        print(f"warning: {line}; left out", file=sys.stderr)
+        _left_out(line)
     return contents
 
 

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from memladder.cli.actions import needed, progress_bar
 from memladder.core.errors import UsageError
-from memladder.core.files import open_regular, write_atomic
+from memladder.core.files import (
+    new_folder,
+    open_new,
+    open_regular,
+    require_replaceable,
+    write_atomic,
+)
 from memladder.core.units import format_bytes
 
 if TYPE_CHECKING:
@@ -46,7 +50,7 @@ def compile_model(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out} is in use; name a new folder, or an empty one")
     found = compile_file(model, options)
-    with _new_folder(out) as part:
+    with new_folder(out) as part:
         with progress_bar("packing") as progress:
             bundle.pack(found, part / bundle.WEIGHTS, progress)
         write_atomic(part / bundle.PROGRAM, bundle.program_json(found))
@@ -69,13 +73,15 @@ def run_folder(folder: Path, given: Path, out: Path, device: str | None, check: 
 
         from memladder.engine.run.layer import load_compiled
 
+    require_replaceable(out)
     layer, shape = load_compiled(folder, device, check)
     wanted = (shape.batch_size, shape.seq_len, layer.packed.form.fused.hidden_size)
     states = torch.from_numpy(_states(given, wanted))
     found = layer(states.to(layer.device)).cpu().numpy()
     part = out.with_name(f".{out.name}.{os.getpid()}.npy")
     try:
-        np.save(part, found)
+        with open_new(part) as file:
+            np.save(file, found)
         part.replace(out)
     except OSError as error:
         raise UsageError(f"cannot write {out}: {error.strerror or error}") from None
@@ -107,19 +113,3 @@ def _states(path: Path, wanted: tuple[int, ...]) -> np.ndarray:
     if len(numbers) != count:
         raise UsageError(f"{path}: {len(numbers)} numbers; {count} wanted")
     return numbers.reshape(shape, order="F" if by_column else "C")
-
-
-@contextmanager
-def _new_folder(out: Path) -> Iterator[Path]:
-    """A folder that becomes `out` when all went well, and is removed otherwise."""
-    part = out.with_name(f".{out.name}.{os.getpid()}.part")
-    try:
-        part.mkdir(parents=True)
-        yield part
-        if out.exists():
-            out.rmdir()
-        part.replace(out)
-    except OSError as error:
-        raise UsageError(f"cannot write {out}: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(part, ignore_errors=True)

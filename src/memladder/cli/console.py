@@ -25,9 +25,9 @@ def plain_console(stderr: bool = False) -> Console:
 
     Where nobody's terminal sets the width, tables have room for their numbers.
     """
-    from rich.console import Console
+    from memladder.cli.terminal import PlainConsole
 
-    found = Console(stderr=stderr, markup=False, highlight=False)
+    found = PlainConsole(stderr=stderr, markup=False, highlight=False)
     if not found.is_terminal and "COLUMNS" not in os.environ:
         found.width = max(found.width, _WIDTH)
     return found

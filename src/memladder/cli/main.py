@@ -6,8 +6,6 @@ so that `--help` answers at once. An error is one line on stderr and exit status
 
 from __future__ import annotations
 
-import os
-import signal
 import sys
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -15,9 +13,12 @@ from typing import Annotated, NoReturn
 import typer
 
 from memladder import __version__
-from memladder.cli.console import take_any_text
+from memladder.cli import ending, predicting
+from memladder.cli.commands.dequantize import dequantize
+from memladder.cli.commands.evaluate import evaluate
+from memladder.cli.commands.generate import generate
 from memladder.core.case import MAX_BATCH_SIZE, MAX_PAST, MAX_SEQ_LEN
-from memladder.core.errors import MemladderError, UnavailableError, UsageError
+from memladder.core.errors import UsageError
 
 
 def _app(text: str) -> typer.Typer:
@@ -36,6 +37,7 @@ _measure_app = _app("Measure the memory of one decoder layer under one framework
 
 _env_app = _app("Environments of frameworks' own: made, pointed to, listed, removed.")
 app.add_typer(_env_app, name="env")
+predicting.register(app)
 
 EnvironmentOf = Annotated[
     str, typer.Argument(metavar="FRAMEWORK", help="A framework's key; its variants share one.")
@@ -112,7 +114,6 @@ StorePath = Annotated[
 
 _HERE = Path()
 _DEFAULT_TIMEOUT = "1800"
-_INTERRUPTED = 130
 MAX_REPEATS = 100
 MAX_LAYER = (1 << 20) - 1
 MAX_MIB = 1 << 30
@@ -324,7 +325,7 @@ def table(
 
 @app.command()
 def floor(store: StorePath) -> None:
-    """Hold the engine's cells in STORE against the least they could take."""
+    """Hold the engine's cells in STORE against their budget."""
     from memladder.cli import actions
 
     raise typer.Exit(actions.show_floor(store))
@@ -340,6 +341,16 @@ def quantize(
         Path, typer.Option("--out", metavar="DIR", help="Where the packed file is written.")
     ],
     layer: Annotated[str, typer.Option(metavar="N", help="Which decoder layer, from 0.")] = "0",
+    whole: Annotated[
+        bool, typer.Option("--all", help="All layers, embeddings and head: a model that runs.")
+    ] = False,
+    keep: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN", help="With --all: matrices that stay in fp16."),
+    ] = None,
+    head_format: Annotated[
+        str, typer.Option(metavar="FORMAT", help="With --all: of the head, and of tied embeddings.")
+    ] = "fp16",
     form: Annotated[
         str,
         typer.Option(
@@ -349,8 +360,16 @@ def quantize(
         ),
     ] = "int4",
 ) -> None:
-    """Pack a layer of a local checkpoint in a number format."""
+    """Pack a layer of a local checkpoint in a number format, or all of it."""
     from memladder.cli import quantizing
+    from memladder.cli.commands import quantize_all
+
+    if whole:
+        kept = tuple(keep or ())
+        quantize_all.quantize_all(checkpoint, out, form=form, kept=kept, head_format=head_format)
+        return
+    if keep or head_format != "fp16":
+        raise UsageError("--keep and --head-format are for --all")
 
     quantizing.quantize(checkpoint, _count("layer", layer, MAX_LAYER, least=0), form, out)
 
@@ -405,6 +424,11 @@ def run_layer(
     from memladder.cli import compiling
 
     compiling.run_folder(folder, given, out, device, check)
+
+
+app.command()(generate)
+app.command()(evaluate)
+app.command()(dequantize)
 
 
 @app.command()
@@ -500,57 +524,16 @@ def _seconds(text: str) -> float:
     return value
 
 
-def _interrupt(*_: object) -> NoReturn:
-    raise KeyboardInterrupt
-
-
-def _run(application: typer.Typer) -> NoReturn:
-    """Run an application; every expected error is one line on stderr and exit status 2."""
-    take_any_text()
-    for name in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(name, _interrupt)
-    arguments = sys.argv[1:] or (["--help"] if application is app else [])
-    try:
-        code = application(args=arguments, standalone_mode=False)
-    except UnavailableError as error:
-        _fail(f"{error}" + (f"; to get it: {error.hint}" if error.hint else ""))
-    except MemladderError as error:
-        _fail(str(error))
-    except BrokenPipeError:
-        # The reader went away (`| head`): nothing left to say, and nobody to say it to.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
-    except (KeyboardInterrupt, typer.Abort):
-        code = _INTERRUPTED
-    except Exception as error:
-        # typer's usage errors share no importable base class across its versions.
-        if not hasattr(error, "format_message"):
-            raise
-        _fail(" ".join(error.format_message().split()))
-    if code == _INTERRUPTED:
-        # Some versions of typer turn the interrupt into this status themselves.
-        print(
-            "memladder: stopped; what was finished is kept, the same command does the rest",
-            file=sys.stderr,
-        )
-    sys.exit(code or 0)
-
-
-def _fail(message: str) -> NoReturn:
-    print(f"memladder: error: {message}", file=sys.stderr)
-    sys.exit(2)
-
-
 def main() -> NoReturn:
     """Entry point `memladder`."""
-    _run(app)
+    ending.run(app, sys.argv[1:] or ["--help"])
 
 
 def run_all() -> NoReturn:
     """Entry point `run_all.py`."""
-    _run(_run_all_app)
+    ending.run(_run_all_app, sys.argv[1:])
 
 
 def measure_memory() -> NoReturn:
     """Entry point `measure_memory.py`."""
-    _run(_measure_app)
+    ending.run(_measure_app, sys.argv[1:])

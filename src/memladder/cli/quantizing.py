@@ -128,6 +128,7 @@ def _refuse_existing(path: Path) -> None:
 def _new_file(path: Path) -> Iterator[Path]:
     """A name to write to; it becomes `path` when all went well, and is removed otherwise."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part.unlink(missing_ok=True)
     try:
         yield part
         # Another process may have been quicker.

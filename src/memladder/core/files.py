@@ -3,14 +3,19 @@ one, never half of either."""
 
 from __future__ import annotations
 
+import contextlib
 import grp
 import os
 import pwd
+import shutil
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from memladder.core.errors import MemladderError, UsageError
+from memladder.core.errors import LockedError, MemladderError, UsageError
+from memladder.core.text import shown
 
 _KINDS = (
     (stat.S_ISDIR, "a folder"),
@@ -48,8 +53,7 @@ def open_regular(
     found = os.fstat(file)
     refusal = None
     if not stat.S_ISREG(found.st_mode):
-        kind = next((name for is_kind, name in _KINDS if is_kind(found.st_mode)), "something else")
-        refusal = f"not a file, but {kind}"
+        refusal = f"not a file, but {_kind(found.st_mode)}"
     elif most_bytes is not None and found.st_size > most_bytes:
         refusal = f"{found.st_size:,} bytes; {most_bytes:,} are the most"
     if refusal is not None:
@@ -71,10 +75,13 @@ def read_regular(path: Path, most_bytes: int, error: type[MemladderError] = Usag
     return found
 
 
+def _kind(mode: int) -> str:
+    return next((name for is_kind, name in _KINDS if is_kind(mode)), "something else")
+
+
 def _shown(path: Path) -> str:
     """A name that stays one line: it may be long, or hold what a terminal obeys."""
-    text = str(path)
-    text = text if text.isprintable() else repr(text)[1:-1]
+    text = shown(path)
     return text if len(text) <= 300 else f"{text[:140]} … {text[-140:]}"
 
 
@@ -84,6 +91,7 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     Raises UsageError, one line, when the folder is not writable or the disk is full.
     """
     data = content.encode() if isinstance(content, str) else content
+    require_replaceable(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -99,6 +107,16 @@ def write_atomic(path: Path, content: str | bytes) -> None:
             temporary.unlink(missing_ok=True)
     except OSError as error:
         raise UsageError(f"cannot write {path}: {error.strerror or error}") from None
+
+
+def require_replaceable(path: Path) -> None:
+    """Raise UsageError where a file of that name would take the place of something that is none."""
+    kind = None
+    with contextlib.suppress(OSError):
+        mode = path.stat().st_mode
+        kind = None if stat.S_ISREG(mode) else _kind(mode)
+    if kind is not None:
+        raise UsageError(f"cannot write {_shown(path)}: it is {kind}")
 
 
 def open_new(path: Path) -> BinaryIO:
@@ -123,6 +141,37 @@ def open_log(path: Path) -> int:
         raise UsageError(f"cannot write {path}: it is not a regular file of its own")
     os.ftruncate(file, 0)
     return file
+
+
+@contextmanager
+def locked(path: Path, busy: str, patience_s: float = 0.0) -> Iterator[None]:
+    """Hold a lock, kept in a file of its own. Raises LockedError with the text `busy` where another
+    process holds it `patience_s` later, and UsageError where the file can't be made."""
+    # Not above: what a framework's environment imports is the standard library alone.
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=patience_s)
+    except Timeout:
+        raise LockedError(busy) from None
+    except (OSError, NotImplementedError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(f"cannot lock {path}: {reason}") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def own_folder(path: Path) -> Path:
+    """A folder, made if it is not there, that no other user can write. Raises UsageError."""
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"cannot make folder {path}: {error.strerror or error}") from None
+    require_own(path, path)
+    return path
 
 
 def require_own(path: Path, top: Path) -> None:
@@ -166,3 +215,20 @@ def writable_folder(path: Path) -> Path:
     except OSError as error:
         raise UsageError(f"cannot write into folder {path}: {error.strerror or error}") from None
     return path
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A folder that becomes `out` when all went well, and is removed otherwise. Raises UsageError,
+    one line, where it can't be written."""
+    part = out.with_name(f".{out.name}.{os.getpid()}.part")
+    try:
+        part.mkdir(parents=True)
+        yield part
+        if out.exists():
+            out.rmdir()
+        part.replace(out)
+    except OSError as error:
+        raise UsageError(f"cannot write {out}: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)

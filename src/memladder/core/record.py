@@ -197,6 +197,12 @@ class Run:
         return self.phase("steady").peak_bytes
 
     @property
+    def import_bytes(self) -> int:
+        """What the process had when its libraries were imported and nothing was loaded. Raises
+        RecordError where that phase is not in the run."""
+        return self.phase("import").end_bytes
+
+    @property
     def peak_bytes(self) -> int:
         """High-water mark of the whole run, loading and compiling included."""
         return max(phase.peak_bytes for phase in self.phases)
@@ -243,6 +249,22 @@ class Record:
     def peak_bytes(self) -> int | None:
         """Largest high-water mark of any run and phase; None unless measured."""
         return max((run.peak_bytes for run in self.runs), default=None)
+
+    @property
+    def import_bytes(self) -> int | None:
+        """Median over the runs of what imported libraries take on the CPU, where they are a part of
+        `steady_bytes` that depends on how they were built; None on a device, or unless measured."""
+        runs = [run for run in self.runs if run.source is Source.PSS]
+        if not runs or any(run.phases[0].name != "import" for run in runs):
+            return None
+        return round(statistics.median(run.import_bytes for run in runs))
+
+    @property
+    def over_import_bytes(self) -> int | None:
+        """What `steady_bytes` adds to `import_bytes`; None where there are none."""
+        runs = self.runs if self.import_bytes is not None else ()
+        grown = [run.steady_bytes - run.import_bytes for run in runs]
+        return round(statistics.median(grown)) if grown else None
 
     @property
     def spread(self) -> float | None:

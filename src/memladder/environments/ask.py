@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import subprocess
 from collections.abc import Mapping
@@ -55,7 +54,7 @@ def ask(interpreter: Interpreter, key: str, device: str) -> Answer:
     try:
         done = children.run(command, env=interpreter.environ(), timeout_s=_PATIENCE_S)
         if done.returncode == 0:
-            return serial.from_json(Answer, cleaned(json.loads(done.stdout.splitlines()[-1])))
+            return serial.from_json(Answer, cleaned(serial.loads(done.stdout.splitlines()[-1])))
         lines = [line for line in map(clean, done.stderr.splitlines()) if line]
         reason = lines[-1] if lines else f"it exits with status {done.returncode}"
     except subprocess.TimeoutExpired:

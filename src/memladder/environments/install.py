@@ -15,12 +15,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import filelock
-
 from memladder import frameworks
 from memladder.core import children, serial
-from memladder.core.errors import LockedError, UsageError
-from memladder.core.files import writable_folder, write_atomic
+from memladder.core.errors import UsageError
+from memladder.core.files import locked, require_own, writable_folder, write_atomic
 from memladder.core.text import clean
 from memladder.environments import interpreter, sources
 from memladder.environments.ask import Answer, ask
@@ -148,7 +146,7 @@ def listed() -> tuple[Listed, ...]:
 
 
 def _note(path: Path, what: Made | Given) -> None:
-    write_atomic(path, json.dumps(serial.to_json(what), indent=1) + "\n")
+    write_atomic(path, serial.dumps(what, indent=1) + "\n")
 
 
 def _listed(name: str) -> Listed:
@@ -166,15 +164,11 @@ def _keys(name: str) -> list[str]:
 
 @contextmanager
 def _locked(name: str) -> Iterator[None]:
-    lock = filelock.FileLock(writable_folder(interpreter.root()) / f".{name}.lock")
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        raise LockedError(f"another memladder works on the environment {name}") from None
-    try:
+    root = writable_folder(interpreter.root())
+    # Else the environment would be made, and then be refused.
+    require_own(root, root.parent)
+    with locked(root / f".{name}.lock", f"another memladder works on the environment {name}"):
         yield
-    finally:
-        lock.release()
 
 
 def _install(folder: Path, base: Path, wanted: Path, on_line: OnLine) -> None:

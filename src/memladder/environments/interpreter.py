@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 import sys
@@ -138,7 +137,7 @@ def made(name: str) -> Made | None:
 def _read(kind: type[serial.T], path: Path) -> serial.T | None:
     try:
         require_own(path, default_dir().absolute())
-        return serial.from_json(kind, json.loads(path.read_bytes()))
+        return serial.from_json(kind, serial.loads(path.read_bytes()))
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:

@@ -51,13 +51,21 @@ def main(arguments: list[str]) -> int:
 
 
 def package_versions(names: Iterable[str]) -> dict[str, str]:
-    """Installed versions of the distributions among `names`; missing ones are left out."""
+    """Installed versions of the distributions among `names`; missing ones are left out.
+
+    torch's says what it was built for, which its distribution's need not: on the CPU a CUDA build
+    takes some 500 MiB more.
+    """
     found = {}
     for name in names:
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
+    if "torch" in found:
+        from memladder.frameworks.torch_common import torch_version
+
+        found["torch"] = torch_version() or found["torch"]
     return found
 
 

@@ -18,6 +18,7 @@ from memladder.core.errors import UsageError
 from memladder.frameworks.base import Framework
 
 _NOT_FRAMEWORKS = {
+    "_rules",
     "base",
     "tensorrt_build",
     "torch_common",

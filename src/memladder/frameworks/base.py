@@ -24,6 +24,8 @@ from memladder.models import (
 if TYPE_CHECKING:
     import numpy as np
 
+    from memladder.frameworks._rules.question import Answer, Question
+
 Setting = str | int | float | bool
 
 
@@ -189,6 +191,9 @@ class Framework(ABC):
     """Whether it runs over a key-value cache of earlier tokens."""
     any_family: bool = False
     """Whether it runs any family that transformers describes, and not only those of `models`."""
+    variables: tuple[str, ...] = ()
+    """Environment variables that change what it runs or takes, as a shell's patterns: `VLLM_*`.
+    They belong into the record, and two environments that differ in them are not the same."""
     rounds_as_layer: bool = True
     """Whether scores are rounded as the layer itself rounds them: to its dtype, which shows where
     BLOOM's positions are large (`models.reference.output`)."""
@@ -256,6 +261,16 @@ class Framework(ABC):
         one of the plan's parts.
         """
         raise NotImplementedError(f"{self.title} has no plan")
+
+    def predict(self, question: Question) -> Answer:
+        """What a case would take, without running it. Raises UnpredictableError with the reason.
+
+        The rules are arithmetic on shapes, in `_rules/`; no library of the framework is imported.
+        """
+        from memladder.frameworks._rules.question import UnpredictableError
+
+        del question
+        raise UnpredictableError(f"{self.title} has no rules of prediction")
 
     @abstractmethod
     def tolerance(self, device: str) -> float:

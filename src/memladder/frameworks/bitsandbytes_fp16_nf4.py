@@ -14,12 +14,15 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from memladder.frameworks.base import Job, Setting
+from memladder.frameworks.torch_common import TORCH_VARIABLES
 from memladder.frameworks.torch_quantised import Quantised
 from memladder.models import LayerConfig, tensor_shapes
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
+
+    from memladder.frameworks._rules.question import Answer, Question
 
 _BLOCK = 64
 _BLOCKS = 256
@@ -32,6 +35,7 @@ class BitsAndBytesNf4(Quantised):
     title = "bitsandbytes-W_NF4 A_FP16"
     package = "bitsandbytes"
     packages = ("bitsandbytes", "torch", "triton", "transformers", "safetensors")
+    variables = ("BNB_*", "BITSANDBYTES_*", *TORCH_VARIABLES)
 
     def quantise(self, linear: nn.Linear, config: LayerConfig) -> nn.Module:
         """A Linear4bit; moving it to its device is what quantises."""
@@ -87,6 +91,12 @@ class BitsAndBytesNf4(Quantised):
         if _repacks(rows, columns, job.case.device):
             return rows * columns // 2 + 2 * blocks
         return rows * columns // 2 + blocks + 4 * -(-blocks // _BLOCKS)
+
+    def predict(self, question: Question) -> Answer:
+        """As PyTorch's, with this package's matrices and products."""
+        from memladder.frameworks._rules import bitsandbytes, torch_layer
+
+        return torch_layer.predict(question, bitsandbytes.PACKAGE)
 
     def format_settings(self, job: Job) -> Mapping[str, Setting]:
         """Blocks and storage, and whether the CPU has matrices repacked."""

@@ -10,12 +10,15 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from memladder.frameworks.base import Availability, Job, Setting
+from memladder.frameworks.torch_common import TORCH_VARIABLES
 from memladder.frameworks.torch_quantised import Quantised, group_size
 from memladder.models import LayerConfig
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
+
+    from memladder.frameworks._rules.question import Answer, Question
 
 _SCALE_BYTES = 2
 _ZERO = 8
@@ -27,6 +30,7 @@ class GemLiteInt4(Quantised):
     title = "gemlite-W_INT4 A_FP16"
     package = "gemlite"
     packages = ("gemlite", "torch", "triton", "transformers", "safetensors")
+    variables = ("GEMLITE_*", *TORCH_VARIABLES)
 
     def availability(self, device: str) -> Availability:
         """Its kernels are Triton's."""
@@ -74,6 +78,12 @@ class GemLiteInt4(Quantised):
     def matrix_bytes(self, rows: int, columns: int, job: Job) -> int:
         """Half a byte an element, an fp16 scale a group."""
         return rows * columns // 2 + _SCALE_BYTES * rows * columns // group_size(job.config)
+
+    def predict(self, question: Question) -> Answer:
+        """As PyTorch's, with this package's matrices and products."""
+        from memladder.frameworks._rules import gemlite, torch_layer
+
+        return torch_layer.predict(question, gemlite.PACKAGE)
 
     def format_settings(self, job: Job) -> Mapping[str, Setting]:
         """Groups, and how kernels are tuned."""

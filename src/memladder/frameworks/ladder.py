@@ -17,8 +17,10 @@ from typing import TYPE_CHECKING
 from memladder import formats
 from memladder.core.case import Case
 from memladder.core.devices import compute_capability
+from memladder.core.files import own_folder
 from memladder.frameworks.base import Availability, Framework, Job, Session, Setting
 from memladder.frameworks.torch_common import (
+    TORCH_VARIABLES,
     cuda_build,
     installed,
     memory_errors,
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 
     from memladder.engine.packed.packed_layer import PackedLayer
     from memladder.formats.base import Format
+    from memladder.frameworks._rules.question import Answer, Question
 
 _INSTALL = {
     "cpu": "pip install 'memladder[ladder]'",
@@ -53,6 +56,7 @@ class Ladder(Framework):
     """The engine with one format for activations and one for weights."""
 
     packages = ("torch", "triton", "transformers", "safetensors", "onnx", "onnxscript")
+    variables = TORCH_VARIABLES
     rounds_as_layer = False
 
     def __init__(self, activation: str, weight: str) -> None:
@@ -129,6 +133,12 @@ class Ladder(Framework):
             self.activation_format(),
         )
 
+    def predict(self, question: Question) -> Answer:
+        """Packed weights and the plan of the arena, in closed form (`_rules/ladder.py`)."""
+        from memladder.frameworks._rules import ladder, stored
+
+        return ladder.predict(question, stored.SCHEMES[self.weight], self.activation)
+
     def tolerance(self, device: str) -> float:
         """Four unit roundoffs of float16 (2^-11), in which activations are kept between steps.
 
@@ -152,7 +162,7 @@ class _Session(Session):
         super().__init__(job, announce)
         self._on_cuda = job.case.device != "cpu"
         # Compiled kernels go where all made files go, unless the user has said otherwise.
-        os.environ.setdefault("TRITON_CACHE_DIR", str(job.cache_dir / "triton"))
+        os.environ.setdefault("TRITON_CACHE_DIR", str(own_folder(job.cache_dir / "triton")))
         import torch
 
         from memladder.engine.compile import layers

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
+    from memladder.frameworks._rules.question import Answer, Question
+
 _INSTALL = "pip install 'memladder[llamacpp]'"
 _NEEDED = ("llama_cpp", "gguf", "torch", "transformers", "safetensors")
 _TOKENS_AT_ONCE = 512
@@ -40,6 +42,7 @@ class LlamaCpp(Framework):
 
     title = "llama.cpp-W_INT4 A_INT8"
     packages = ("llama-cpp-python", "gguf", "torch", "transformers", "safetensors")
+    variables = ("GGML_*", "LLAMA_*")
     rounds_as_layer = False
 
     def availability(self, device: str) -> Availability:
@@ -92,6 +95,12 @@ class LlamaCpp(Framework):
         with torch.inference_mode():
             output: np.ndarray = made(states).numpy()
         return output
+
+    def predict(self, question: Question) -> Answer:
+        """The file's tensors, cells, compute buffer (`_rules/llamacpp.py`)."""
+        from memladder.frameworks._rules import llamacpp, stored
+
+        return llamacpp.predict(question, stored.SCHEMES["q4_0"])
 
     def tolerance(self, device: str) -> float:
         """As for Ladder's int8 on CUDA: rounding is a step, and sums in another order move some

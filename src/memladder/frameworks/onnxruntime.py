@@ -26,6 +26,8 @@ from memladder.models import onnx_export, weights
 if TYPE_CHECKING:
     import numpy as np
 
+    from memladder.frameworks._rules.question import Answer, Question
+
 _DISTRIBUTIONS = ("onnxruntime-gpu", "onnxruntime")
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _EXPORTERS = ("torch", "transformers", "onnx", "onnxscript")
@@ -56,6 +58,7 @@ class OnnxRuntime(Framework):
 
     title = "ONNXRuntime"
     packages = ("onnxruntime-gpu", "onnxruntime", "torch", "transformers", "onnx", "onnxscript")
+    variables = ("ORT_*", "ONNXRUNTIME_*")
 
     def availability(self, device: str) -> Availability:
         """CUDA needs the GPU package: both packages install the same module."""
@@ -86,6 +89,12 @@ class OnnxRuntime(Framework):
             return held
         places = weights.entries(job.config, job.seed)
         return held + sum(place.length for name, place in places.items() if "norm" not in name)
+
+    def predict(self, question: Question) -> Answer:
+        """Weights, arena, pattern's block (`_rules/onnxruntime.py`)."""
+        from memladder.frameworks._rules import onnxruntime
+
+        return onnxruntime.predict(question)
 
     def tolerance(self, device: str) -> float:
         """Four unit roundoffs of float16 (2^-11): three roundings in a row, sums in float32."""

@@ -12,14 +12,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from memladder.core.case import Case
+from memladder.core.files import own_folder
 from memladder.frameworks.base import Availability, Framework, Job, Session, Setting
-from memladder.frameworks.torch_common import cuda_build, memory_errors
+from memladder.frameworks.torch_common import TORCH_VARIABLES, cuda_build, memory_errors
 from memladder.models import weights
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
+    from memladder.frameworks._rules.question import Answer, Question
     from memladder.models.layer import Block
 
 _INSTALL = "pip install 'memladder[pytorch]'"
@@ -33,6 +35,7 @@ class PyTorch(Framework):
     title = "PyTorch-Inductor"
     wholes = pasts = any_family = True
     packages: tuple[str, ...] = ("torch", "triton", "transformers", "safetensors")
+    variables: tuple[str, ...] = TORCH_VARIABLES
 
     def availability(self, device: str) -> Availability:
         """CUDA needs a CUDA build, which torch's version file names without torch's import."""
@@ -68,6 +71,12 @@ class PyTorch(Framework):
     def makes(self, job: Job) -> str:
         """The same for all shapes of one past."""
         return f"{job.digest} {job.case.layers} {job.case.shape.past} weights"
+
+    def predict(self, question: Question) -> Answer:
+        """The load and the passes, replayed (`_rules/torch_layer.py`)."""
+        from memladder.frameworks._rules import torch_layer
+
+        return torch_layer.predict(question, torch_layer.PLAIN)
 
     def tolerance(self, device: str) -> float:
         """Four unit roundoffs of the dtype: 2^-11 in float16, 2^-8 in bfloat16, the CPU's worst.
@@ -109,8 +118,9 @@ class InductorSession(Session):
     def __init__(self, job: Job, announce: Callable[[str], None]) -> None:
         super().__init__(job, announce)
         # Compiled code goes where all made files go, unless the user has said otherwise.
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(job.cache_dir / "inductor"))
-        os.environ.setdefault("TRITON_CACHE_DIR", str(job.cache_dir / "triton"))
+        folders = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
+        for name, folder in folders.items():
+            os.environ.setdefault(name, str(own_folder(job.cache_dir / folder)))
         import torch
 
         from memladder.models import capture, layer

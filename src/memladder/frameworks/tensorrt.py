@@ -36,6 +36,8 @@ from memladder.models import cache, onnx_export, weights
 if TYPE_CHECKING:
     import numpy as np
 
+    from memladder.frameworks._rules.question import Answer, Question
+
 _INSTALL = "pip install 'memladder[tensorrt]'"
 _EXPORTERS = ("torch", "transformers", "onnx", "onnxscript")
 # TensorRT-RTX 1.7: `ComputeCapability`. Hopper (9.0) and data-centre Blackwell (10.0) are missing.
@@ -61,6 +63,7 @@ class TensorRT(Framework):
         "onnxruntime-ep-nv-tensorrt-rtx-cu13",
         *_EXPORTERS,
     )
+    variables = ("TRT_*", "TENSORRT_*", "ORT_*", "NV_TENSORRT_*")
 
     def availability(self, device: str) -> Availability:
         """It runs on the GPUs that the installed one supports; elsewhere TensorRT-RTX plans."""
@@ -122,6 +125,12 @@ class TensorRT(Framework):
             "assumed_context": "rerun log, A100-80GB, TensorRT's process before its engine",
         }
         return CompilerPlan(_TARGET, compiler, parts, {"cuda_context": _CONTEXT_BYTES}), settings
+
+    def predict(self, question: Question) -> Answer:
+        """What its compiler would plan (`_rules/tensorrt.py`)."""
+        from memladder.frameworks._rules import tensorrt
+
+        return tensorrt.predict(question)
 
     def tolerance(self, device: str) -> float:
         """Four unit roundoffs of float16 (2^-11), as for ONNX Runtime on the same graph."""

@@ -8,9 +8,13 @@ import runpy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from memladder.core.units import GIB, KIB, MIB
 from memladder.frameworks.base import OutOfMemoryError
+
+TORCH_VARIABLES = ("PYTORCH_*", "TORCH_*", "TORCHINDUCTOR_*", "TORCHDYNAMO_*", "TRITON_*", "ATEN_*")
+"""What torch and Triton read from the environment: `Framework.variables`."""
 
 _UNITS = {"bytes": 1, "kib": KIB, "mib": MIB, "gib": GIB}
 _ASKED = re.compile(r"tried to allocate ([\d.]+) (bytes|KiB|MiB|GiB)", re.IGNORECASE)
@@ -36,12 +40,26 @@ def memory_errors() -> Iterator[None]:
 
 def cuda_build() -> str | None:
     """The CUDA version that torch was built with, without torch's import; None for a CPU build."""
-    spec = importlib.util.find_spec("torch")
-    assert spec is not None
-    assert spec.origin is not None
-    values = runpy.run_path(str(Path(spec.origin).with_name("version.py")))
-    cuda: str | None = values.get("cuda")
+    cuda: str | None = _torch_facts().get("cuda")
     return cuda
+
+
+def torch_version() -> str | None:
+    """torch's version as it tells it itself, with what it was built for: `2.13.0+cpu`,
+    `2.11.0+cu130`. Without its import; None where it is not installed."""
+    facts = _torch_facts()
+    version: str | None = facts.get("__version__")
+    cuda: str | None = facts.get("cuda")
+    if version is None or cuda is None or "+" in version:
+        return version
+    return f"{version}+cu{cuda.replace('.', '')}"
+
+
+def _torch_facts() -> dict[str, Any]:
+    """What torch's version file says; empty where there is none."""
+    spec = importlib.util.find_spec("torch")
+    file = Path(spec.origin).with_name("version.py") if spec and spec.origin else None
+    return runpy.run_path(str(file)) if file and file.is_file() else {}
 
 
 def installed(name: str) -> bool:

@@ -10,12 +10,15 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from memladder.frameworks.base import Job, Setting
+from memladder.frameworks.torch_common import TORCH_VARIABLES
 from memladder.frameworks.torch_quantised import Quantised, group_size
 from memladder.models import LayerConfig
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
+
+    from memladder.frameworks._rules.question import Answer, Question
 
 # `_convert_weight_to_int4pack` on CUDA: tiles of 8 rows, and of 1024 columns in torchao's packing.
 _TILE = (8, 1024)
@@ -28,6 +31,7 @@ class TorchAOInt4(Quantised):
     title = "torchao-W_INT4 A_FP16"
     package = "torchao"
     packages = ("torchao", "torch", "triton", "transformers", "safetensors")
+    variables = ("TORCHAO_*", *TORCH_VARIABLES)
 
     def dtype(self, device: torch.device) -> tuple[torch.dtype, str]:
         """bfloat16 on CUDA: two bytes as well."""
@@ -85,6 +89,12 @@ class TorchAOInt4(Quantised):
             )
         groups = rows * columns // group_size(job.config)
         return rows * columns // 2 + _SCALE_AND_ZERO_BYTES * groups
+
+    def predict(self, question: Question) -> Answer:
+        """As PyTorch's, with this package's matrices and products."""
+        from memladder.frameworks._rules import torch_layer, torchao
+
+        return torch_layer.predict(question, torchao.INT4)
 
     def format_settings(self, job: Job) -> Mapping[str, Setting]:
         """Groups, and how zero points are chosen."""

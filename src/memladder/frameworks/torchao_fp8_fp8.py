@@ -12,12 +12,15 @@ from typing import TYPE_CHECKING
 from memladder import formats
 from memladder.core.devices import compute_capability
 from memladder.frameworks.base import Availability, Job, Setting
+from memladder.frameworks.torch_common import TORCH_VARIABLES
 from memladder.frameworks.torch_quantised import Quantised
 from memladder.models import LayerConfig
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
+
+    from memladder.frameworks._rules.question import Answer, Question
 
 _LEAST = (8, 9)
 _SCALE_BYTES = 4
@@ -29,6 +32,7 @@ class TorchAOFp8(Quantised):
     title = "torchao-W_FP8 A_FP8"
     package = "torchao"
     packages = ("torchao", "torch", "triton", "transformers", "safetensors")
+    variables = ("TORCHAO_*", *TORCH_VARIABLES)
 
     def availability(self, device: str) -> Availability:
         """GPUs with fp8 arithmetic only."""
@@ -95,6 +99,12 @@ class TorchAOFp8(Quantised):
         """A byte an element, a float32 scale a row."""
         del job
         return rows * columns + _SCALE_BYTES * rows
+
+    def predict(self, question: Question) -> Answer:
+        """As PyTorch's, with this package's matrices and products."""
+        from memladder.frameworks._rules import torch_layer, torchao
+
+        return torch_layer.predict(question, torchao.FP8)
 
     def format_settings(self, job: Job) -> Mapping[str, Setting]:
         """Granularity."""

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from memladder.core.case import Case
 from memladder.core.errors import UnavailableError
-from memladder.core.files import write_atomic
+from memladder.core.files import own_folder, write_atomic
 from memladder.frameworks import vllm_engine
 from memladder.frameworks.base import (
     Availability,
@@ -30,11 +30,13 @@ from memladder.frameworks.base import (
     Structure,
     packed_bytes,
 )
-from memladder.frameworks.torch_common import cuda_build, memory_errors
+from memladder.frameworks.torch_common import TORCH_VARIABLES, cuda_build, memory_errors
 
 if TYPE_CHECKING:
     import numpy as np
     from torch import nn
+
+    from memladder.frameworks._rules.question import Answer, Question
 
 _INSTALL = "memladder env create vllm"
 # vLLM's fused matrices, and the model's that they are made of.
@@ -52,6 +54,7 @@ class Vllm(Framework):
         "flashinfer-python",
         "compressed-tensors",
     )
+    variables = ("VLLM_*", "FLASHINFER_*", "FLASH_ATTN_*", "NCCL_*", *TORCH_VARIABLES)
 
     def __init__(self, title: str, weight: str) -> None:
         self.title = title
@@ -102,6 +105,14 @@ class Vllm(Framework):
             return super().weight_bytes(job)
         return packed_bytes(job.config, 4, vllm_engine.group_size(job.config), 16)
 
+    def predict(self, question: Question) -> Answer:
+        """By the engine's own rules; a checkpoint's scheme where the row's format is fp16."""
+        from memladder.frameworks._rules import stored, vllm
+
+        return vllm.predict(
+            question, stored.SCHEMES[self.weight] if self.weight != "fp16" else None
+        )
+
     def tolerance(self, device: str) -> float:
         """Nothing is compared: the output can't be read."""
         del device
@@ -122,7 +133,7 @@ class _Session(Session):
         super().__init__(job, announce)
         # What the engine keeps goes where all made files go, unless the user has said otherwise.
         for name, folder in (("VLLM_CACHE_ROOT", "vllm"), ("TRITON_CACHE_DIR", "triton")):
-            os.environ.setdefault(name, str(job.cache_dir / folder))
+            os.environ.setdefault(name, str(own_folder(job.cache_dir / folder)))
         import torch
         import vllm
         from vllm.distributed import parallel_state

@@ -3,11 +3,12 @@ hosts or users, and no framework is imported to learn it."""
 
 from __future__ import annotations
 
+import fnmatch
 import os
 import platform
 import re
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -17,18 +18,25 @@ from memladder.core.case import Case
 from memladder.core.errors import DeviceError
 from memladder.core.host import HostMemory
 from memladder.core.record import Environment, Machine
+from memladder.core.text import clean
 from memladder.environments import ask, interpreter
 from memladder.frameworks.base import Framework
 
-# Variables that change how much memory a framework takes, or what it runs.
+# What changes any process: how it allocates, how many threads it has, what CUDA does. The variables
+# of a framework are declared in its own file (`Framework.variables`).
 _VARIABLES = re.compile(
-    r"CUDA_VISIBLE_DEVICES|CUDA_DEVICE_ORDER|CUDA_MODULE_LOADING|CUDA_LAUNCH_BLOCKING"
-    r"|CUBLAS(LT)?_WORKSPACE_(CONFIG|SIZE)|OMP_\w+|MKL_NUM_THREADS|OPENBLAS_NUM_THREADS"
-    r"|PYTORCH_\w*ALLOC_CONF|PYTORCH_NO_CUDA_MEMORY_CACHING|TORCHINDUCTOR_\w+|TORCH_COMPILE_\w+"
-    r"|TRITON_\w+|ORT_\w+|MALLOC_\w+|GLIBC_TUNABLES|LD_PRELOAD|NVIDIA_TF32_OVERRIDE"
+    r"CUDA_(?!HOME$|PATH$|ROOT$|ROOT_DIR$|INC_PATH$)\w+|CUBLAS\w*|CUDNN_\w+|CUFFT_\w+"
+    r"|NVIDIA_TF32_OVERRIDE|OMP_\w+|GOMP_\w+|KMP_\w+|MKL_\w+|OPENBLAS_\w+|DNNL_\w+|ONEDNN_\w+"
+    r"|\w*MALLOC_\w+|PYTHONMALLOC|GLIBC_TUNABLES|LD_PRELOAD"
 )
-# A folder says nothing about memory, and much about a user.
-_PATH = re.compile(r"(^|[:=,])(~|\.{0,2}/)")
+# A secret is no part of a record, not even that it is set; container images name their versions.
+_LEFT_OUT = re.compile(
+    r"(^|_)(KEYS?|TOKENS?|SECRETS?|PASSWORDS?|PASSWD|CREDENTIALS?|AUTH)(_|$)|_VERSION$"
+)
+# Where a service listens says nothing about memory, and much about a user; and so does a folder.
+_ADDRESS = re.compile(r"(^|_)(HOST|IP|URL|URI|ADDR|ADDRESS|ENDPOINT|SERVER|PORT|USER)(_|$)|://")
+_PATH = re.compile(r"(^|[:=,\s])(~|\.{0,2}/)")
+_LIBRARY = re.compile(r"[^/:=,\s]+\.so[.\d]*(?=[:=,\s]|$)")
 
 _COMMIT = re.compile(r"[0-9a-f]{7,40}(\+dirty)?")
 
@@ -48,7 +56,11 @@ def describe(case: Case, framework: Framework | None) -> Environment:
         machine=machine(case.device),
         python=python,
         packages=packages,
-        variables=variables({**os.environ, **runners, **own}, case.device),
+        variables=variables(
+            {**os.environ, **runners, **own},
+            case.device,
+            framework.variables if framework else (),
+        ),
         commit=commit(),
         memladder=__version__,
         interpreter=interpreter.chosen(case.framework).label,
@@ -94,17 +106,33 @@ def machine(device: str) -> Machine:
     )
 
 
-def variables(environ: dict[str, str], device: str) -> dict[str, str]:
-    """The variables that matter, sorted; a value that names a folder is only said to be set."""
+def variables(
+    environ: Mapping[str, str], device: str, patterns: Sequence[str] = ()
+) -> dict[str, str]:
+    """The variables that matter, sorted: those of any process, and those of a framework, whose
+    `patterns` are a shell's. Of a value that names a folder only libraries are kept, of an address
+    that it is set, of a secret nothing."""
     found = {
-        name: "(a path)" if _PATH.search(value) else value
+        clean(name): _told(name, value)
         for name, value in environ.items()
-        if _VARIABLES.fullmatch(name)
+        if not _LEFT_OUT.search(name)
+        and (
+            _VARIABLES.fullmatch(name)
+            or any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+        )
     }
     if device != "cpu":
         # LAZY since CUDA 11.7 on Linux; EAGER loads every kernel of a library with its first one.
         found.setdefault("CUDA_MODULE_LOADING", "LAZY (default)")
     return dict(sorted(found.items()))
+
+
+def _told(name: str, value: str) -> str:
+    if _ADDRESS.search(name) or _ADDRESS.search(value):
+        return "(an address)"
+    if _PATH.search(value):
+        return " ".join(["(a path)", *_LIBRARY.findall(clean(value))])
+    return clean(value)
 
 
 @cache

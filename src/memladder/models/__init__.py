@@ -64,9 +64,12 @@ _NOT_MODELS = {
     "catalogue",
     "config",
     "describe",
+    "ends",
     "fields",
     "gguf_export",
+    "gguf_import",
     "layer",
+    "norms",
     "onnx_export",
     "onnx_rules",
     "past",
@@ -124,10 +127,23 @@ def layer_config(model: str, path: Path | None = None) -> LayerConfig:
             f"{path}: model_type is {found[:40]!r} where {model!r} was asked for; "
             f"known: {', '.join(names())}"
         )
+    _refuse_quantised(path, raw)
     try:
         return LayerConfig(model, module.read(raw))
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
+
+
+def _refuse_quantised(path: Path, raw: Mapping[str, Any]) -> None:
+    """Raise ConfigError for a model whose weights are in a number format already."""
+    for key in ("quantization_config", "compression_config"):
+        given = raw.get(key)
+        if given:
+            method = given.get("quant_method") if isinstance(given, dict) else None
+            raise ConfigError(
+                f"{path}: {key} says that the weights are quantised already, by "
+                f"{str(method)[:40]!r}; wanted: a model in float16, bfloat16 or float32"
+            )
 
 
 def narrow_config(model: str) -> LayerConfig:

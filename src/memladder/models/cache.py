@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from memladder.core.errors import CacheError
+from memladder.core.errors import CacheError, UsageError
 from memladder.core.units import format_bytes
 from memladder.models import LayerConfig
 
@@ -23,14 +23,19 @@ _SPARE_BYTES = 64 << 20
 
 
 def default_dir() -> Path:
-    """`MEMLADDER_CACHE`, else the platform's folder for caches."""
+    """`MEMLADDER_CACHE`, else the platform's folder for caches. Raises UsageError where this user
+    has none: no HOME, and no entry among the system's users."""
     given = os.environ.get("MEMLADDER_CACHE")
     if given:
         return Path(given)
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "memladder"
     base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "memladder"
+    if base and sys.platform != "darwin":
+        return Path(base) / "memladder"
+    try:
+        home = Path.home()
+    except RuntimeError:
+        raise UsageError("this user has no home folder; set MEMLADDER_CACHE to a folder") from None
+    return home / ("Library/Caches" if sys.platform == "darwin" else ".cache") / "memladder"
 
 
 def layer_dir(config: LayerConfig, cache_dir: Path, seed: int) -> Path:
@@ -66,6 +71,8 @@ def writing(folder: Path) -> Iterator[None]:
 def replacing(path: Path) -> Iterator[Path]:
     """A name to write to; it becomes `path` when all went well and is removed otherwise."""
     part = path.with_name(path.name + ".part")
+    # What a killed process has left, or a link that somebody has laid.
+    part.unlink(missing_ok=True)
     try:
         yield part
         part.replace(path)

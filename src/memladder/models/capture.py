@@ -83,13 +83,16 @@ class Decoder:
     `blocks` are its decoder layers.
     """
 
-    def __init__(self, family: str, values: Mapping[str, Any]) -> None:
-        """Raises ConfigError where transformers can't build it."""
+    def __init__(
+        self, family: str, values: Mapping[str, Any], attention: str | None = None
+    ) -> None:
+        """`attention` is how transformers computes it, None for its choice. Raises ConfigError
+        where transformers can't build it."""
         with as_config_errors(family), _quiet(), _parameters_on_meta():
             self.config = text_config(family, values)
             _require_causal(self.config)
             _check_sizes(self.config)
-            self.model = _built(self.config)
+            self.model = _built(self.config, attention)
         self.model.eval().requires_grad_(False)
         self.blocks_name, self.blocks = _blocks(self.model, self.config.num_hidden_layers)
 
@@ -188,12 +191,13 @@ def call_block(block: nn.Module, states: Tensor, call: Call) -> Tensor:
     return out
 
 
-def _built(config: Any) -> Any:
+def _built(config: Any, attention: str | None) -> Any:
     from transformers import AutoModelForCausalLM
 
     # transformers' SDPA path leaves a soft cap of the scores out without a word.
     capped = getattr(config, "attn_logit_softcapping", None)
-    chosen = {"attn_implementation": "eager"} if capped is not None else {}
+    attention = "eager" if capped is not None else attention
+    chosen = {} if attention is None else {"attn_implementation": attention}
     return AutoModelForCausalLM.from_config(config, trust_remote_code=False, **chosen)
 
 

@@ -31,7 +31,7 @@ _RECIPE = "1"
 # So many rows at once are quantised.
 _ROWS = 1024
 
-_LLAMA = {
+LLAMA_NAMES = {
     "input_layernorm": "attn_norm",
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
@@ -50,7 +50,7 @@ _BLOOM = {
     "mlp.dense_h_to_4h": "ffn_up",
     "mlp.dense_4h_to_h": "ffn_down",
 }
-_NAMES = {"llama": _LLAMA, "bloom": _BLOOM}
+_NAMES = {"llama": LLAMA_NAMES, "bloom": _BLOOM}
 # Beside the layer: ones and zeros, [hidden_size] each.
 _OTHERS = {
     "llama": ("output_norm.weight",),

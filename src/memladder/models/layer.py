@@ -55,18 +55,20 @@ class Block(nn.Module):
         return capture.call_block(self.block, hidden_states, call)
 
 
-def decoder(config: LayerConfig) -> Decoder:
+def decoder(config: LayerConfig, attention: str | None = None) -> Decoder:
     """The layer's model without weights. Raises ConfigError."""
     around = _AROUND if config.outline is None else {}
-    return Decoder(config.model, {**config.values, **around})
+    return Decoder(config.model, {**config.values, **around}, attention)
 
 
-def build(config: LayerConfig, workload: Workload, dtype: torch.dtype) -> Block:
+def build(
+    config: LayerConfig, workload: Workload, dtype: torch.dtype, attention: str | None = None
+) -> Block:
     """The layer with parameters on the meta device, its other inputs on the CPU, and no cache yet.
 
     Raises ConfigError where transformers refuses the configuration.
     """
-    whole = decoder(config)
+    whole = decoder(config, attention)
     block = whole.blocks[config.number]
     found = {name: tuple(tensor.shape) for name, tensor in block.named_parameters()}
     assert found == dict(tensor_shapes(config)), "the outline and transformers disagree"

@@ -52,25 +52,31 @@ def ensure(config: LayerConfig, cache_dir: Path, shape: Workload, seed: int) -> 
     return cache.made(path, lambda part: _export(config, data, shape, seed, part))
 
 
-def outline(config: LayerConfig, shape: Workload) -> bytes:
+def outline(
+    config: LayerConfig, shape: Workload, attention: str | None = None
+) -> tuple[bytes, dict[str, float]]:
     """The graph in float32 without weights, as `ensure` writes it with them: that of any seed, and
     of any checkpoint. Its parameters, `PREFIX` before their names, refer to a file that is none.
 
-    Raises ConfigError where transformers refuses the configuration.
+    Beside it stand the vectors that the graph reads with a number added to what a checkpoint has:
+    Gemma's norms, less 1 there. `attention` is how transformers spells it: `eager`, or None for its
+    choice. Raises ConfigError where transformers refuses the configuration.
     """
     import onnx_ir as ir
     import torch
 
-    from memladder.models import layer
+    from memladder.models import layer, norms
 
-    module = layer.build(config, shape, torch.float32)
+    module = layer.build(config, shape, torch.float32, attention)
+    norms.plain_linears(module.block)
+    shifts = norms.unshifted(module.block)
     for number, (name, sizes) in enumerate(tensor_shapes(config).items()):
         # One element for all, another for each: the exporter makes one of what is the same.
         layer.put(module, name, torch.tensor(float(number)).expand(sizes))
     model = _traced(module.eval(), config, shape)
     _refer(model, config, 0)
     found: bytes = ir.to_proto(model).SerializeToString()
-    return found
+    return found, shifts
 
 
 def _export(config: LayerConfig, data: Path, shape: Workload, seed: int, path: Path) -> None:

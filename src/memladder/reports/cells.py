@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TypeAlias
@@ -150,8 +151,37 @@ def _measured_notes(records: Sequence[Record]) -> tuple[str, ...]:
     return (
         f"Bars: largest {sources} while the layer runs in a loop; {how}.",
         f"Measured {when} with memladder {versions}, {polls:.0f} polls a second or more.",
+        *_base_notes(records),
         *((f"On this device {others}.",) if others else ()),
     )
+
+
+def _base_notes(records: Sequence[Record]) -> tuple[str, ...]:
+    """What of the bars is there before anything is loaded: it depends on how torch was built."""
+    bases = sorted(base for record in records if (base := record.import_bytes) is not None)
+    if not bases:
+        return ()
+    builds = sorted(
+        {
+            torch_build(version)
+            for record in records
+            if record.import_bytes is not None
+            and (version := record.environment.packages.get("torch"))
+        }
+    )
+    span = " to ".join(dict.fromkeys(format_bytes(base) for base in (bases[0], bases[-1])))
+    by = f" ({', '.join(builds)})" if builds else ""
+    return (f"Of each bar imported libraries take {span}{by}.",)
+
+
+def torch_build(version: str) -> str:
+    """A version of torch with what it was built for, as its tag tells.
+
+    >>> torch_build("2.13.0+cpu"), torch_build("2.11.0+cu130")
+    ('torch 2.13.0+cpu', 'torch 2.11.0+cu130, a CUDA build, which takes more')
+    """
+    is_for_gpus = re.search(r"\+(cu|rocm)\d", version)
+    return f"torch {version}" + (", a CUDA build, which takes more" if is_for_gpus else "")
 
 
 def device_label(records: Sequence[Record]) -> str:

@@ -21,6 +21,7 @@ from matplotlib.ticker import FixedFormatter, FixedLocator, NullFormatter
 from memladder import models
 from memladder.core.case import Workload
 from memladder.core.files import write_atomic
+from memladder.core.text import shown
 from memladder.reports import style
 from memladder.reports.cells import Key, system_label
 from memladder.reports.page import POINTS, Content, Look, Page
@@ -83,10 +84,10 @@ def _write_head_and_foot(figure: Figure, page: Page, content: Content) -> None:
     )
     for number, line in enumerate(page.subtitle):
         y = (top - 0.32 - 0.18 * number) / page.height
-        figure.text(left, y, line, size=style.SUBTITLE_SIZE, color=style.QUIET, va="top")
+        figure.text(left, y, shown(line), size=style.SUBTITLE_SIZE, color=style.QUIET, va="top")
     for number, line in enumerate(reversed(page.notes)):
         y = (0.2 + 0.16 * number) / page.height
-        figure.text(left, y, line, size=style.NOTE_SIZE, color=style.QUIET, va="bottom")
+        figure.text(left, y, shown(line), size=style.NOTE_SIZE, color=style.QUIET, va="bottom")
     if content.has_legend:
         handles = _legend_handles(content)
         figure.legend(

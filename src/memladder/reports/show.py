@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from memladder.core.record import Record, Run
+from memladder.core.text import shown
 from memladder.core.units import format_bytes, mib
 from memladder.reports.cells import plain_name
 from memladder.reports.printing import add_numbers, print_table
@@ -37,6 +38,10 @@ def _facts(record: Record) -> Table:
     if record.steady_bytes is not None and record.peak_bytes is not None:
         facts["steady"] = format_bytes(record.steady_bytes)
         facts["peak"] = format_bytes(record.peak_bytes)
+    if (base := record.import_bytes) is not None:
+        torch = record.environment.packages.get("torch")
+        facts["libraries, on import"] = format_bytes(base) + (f", torch {torch}" if torch else "")
+        facts["steady over import"] = format_bytes(record.over_import_bytes)
     if record.spread is not None:
         facts["spread over runs"] = f"{record.spread:.2%}"
     if record.asked_bytes is not None:
@@ -64,7 +69,9 @@ def _facts(record: Record) -> Table:
 
 def _phases(run: Run, title: str) -> Table:
     """On CUDA `peak` is the device's."""
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(
+        title=shown(title), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
     table.add_column("phase", no_wrap=True)
     add_numbers(table, *("seconds", "polls", "peak", "end", "PSS\npeak", "USS\npeak", "RSS\npeak"))
     for phase in run.phases:
@@ -105,10 +112,10 @@ def _quality(run: Run) -> Table:
 
 
 def _pairs(title: str, pairs: Mapping[str, object]) -> Table:
-    table = Table(title=title, title_justify="left", show_header=False)
+    table = Table(title=shown(title), title_justify="left", show_header=False)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for key, value in pairs.items():
         if value != "":
-            table.add_row(key, str(value))
+            table.add_row(shown(key), shown(value))
     return table

@@ -31,8 +31,9 @@ _MEANINGS = {
 class Row:
     """One case. The order of the fields is the order of the columns, everywhere.
 
-    `device` is where it ran, or what it is planned for. `asked_mib` is what a plan or prediction
-    asks for, or the allocation that ran out of memory.
+    `device` is where it ran, or what it is planned for. `over_import_mib` is what a process on the
+    CPU takes in its steady state beyond its imported libraries. `asked_mib` is what a plan or
+    prediction asks for, or the allocation that ran out of memory.
     """
 
     id: str
@@ -44,6 +45,7 @@ class Row:
     status: str
     steady_mib: float | None
     peak_mib: float | None
+    over_import_mib: float | None
     spread_percent: float | None
     asked_mib: float | None
     published_mib: int | None
@@ -121,6 +123,7 @@ def _row(record: Record, published_mib: int | None) -> Row:
         status=record.status.value,
         steady_mib=_mib(record.steady_bytes),
         peak_mib=_mib(record.peak_bytes),
+        over_import_mib=_mib(record.over_import_bytes),
         spread_percent=None if record.spread is None else round(100 * record.spread, 1),
         asked_mib=_mib(record.asked_bytes),
         published_mib=published_mib,

@@ -14,6 +14,7 @@ from rich.text import Text
 from memladder import frameworks, models
 from memladder.core.case import Case, Workload
 from memladder.core.record import Record, Status
+from memladder.core.text import shown
 from memladder.core.units import mib
 from memladder.meter.outside.runner import Event
 
@@ -143,7 +144,7 @@ class SweepView:
             self.warning(f"{record.case.id}: {record.status}: {record.reason}")
 
     def warning(self, text: str) -> None:
-        self._console.print(Text(text, style="yellow"))
+        self._console.print(Text(shown(text), style="yellow"))
 
     def _render(self) -> Group:
         return Group(self._table(), self._bar())
@@ -168,7 +169,7 @@ class SweepView:
         return Text("·", style="dim")
 
     def _bar(self) -> Table:
-        now = f"{self._current.id}: {self._doing}" if self._current else self._doing
+        now = shown(f"{self._current.id}: {self._doing}" if self._current else self._doing)
         line = Text.assemble(
             (f"{self._finished}/{len(self._cases)} cells", "bold"),
             f"  elapsed {duration(time.monotonic() - self._began)}",

@@ -16,12 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-import filelock
-
 from memladder.core import serial
 from memladder.core.case import Case
-from memladder.core.errors import LockedError, MemladderError, RecordError, UsageError
-from memladder.core.files import read_regular, writable_folder, write_atomic
+from memladder.core.errors import MemladderError, RecordError, UsageError
+from memladder.core.files import locked, read_regular, writable_folder, write_atomic
 from memladder.core.record import (
     SCHEMA,
     Record,
@@ -84,18 +82,12 @@ class Store:
     def locked(self) -> Iterator[None]:
         """Hold the folder for one measuring process. Raises LockedError, UsageError."""
         writable_folder(self.folder)
-        lock = filelock.FileLock(self.folder / ".lock")
-        try:
-            lock.acquire(timeout=0)
-        except filelock.Timeout:
-            raise LockedError(
-                f"another memladder is measuring into {self.folder}; "
-                "wait for it, or choose another --output-dir"
-            ) from None
-        try:
+        busy = (
+            f"another memladder is measuring into {self.folder}; "
+            "wait for it, or choose another --output-dir"
+        )
+        with locked(self.folder / ".lock", busy):
             yield
-        finally:
-            lock.release()
 
     def read(self) -> Contents:
         """Everything in the folder; a file that can't be read as a record is listed as foreign."""
@@ -198,17 +190,11 @@ def merge_results(
     are left out; a line about it is returned. Raises LockedError, UsageError.
     """
     writable_folder(path.parent)
-    lock = filelock.FileLock(path.with_name(f".{path.name}.lock"))
-    try:
-        lock.acquire(timeout=_LOCK_S)
-    except filelock.Timeout:
-        raise LockedError(f"another memladder is merging into {path}") from None
-    try:
+    busy = f"another memladder is merging into {path}"
+    with locked(path.with_name(f".{path.name}.lock"), busy, _LOCK_S):
         old = read(path) if path.exists() else Contents()
         told = _copy_damaged(path, old)
         write_atomic(path, _merged(old, records, verifications))
-    finally:
-        lock.release()
     return told
 
 

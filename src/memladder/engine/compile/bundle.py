@@ -52,7 +52,7 @@ def pack(found: Result, path: Path, progress: Progress | None = None) -> None:
     blocks = {name: Blocks(w.array.name, _reader(w)) for name, w in own.matrices.items()}
     blocks |= {name: Blocks(name, _part(v)) for name, v in own.vectors.items()}
     constants = {name: torch.from_numpy(v) for name, v in own.constants.items()}
-    packing.write(path, found.form, blocks, constants, progress=progress)
+    packing.write(path, found.form.contents, blocks, constants, progress=progress)
 
 
 def _reader(weight: Weight) -> Callable[[int, int], Tensor]:

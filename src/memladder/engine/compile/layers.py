@@ -11,6 +11,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import torch
 from memladder import models
 from memladder.core import children
 from memladder.core.case import Workload
-from memladder.core.errors import CacheError, FormatError, MemladderError
+from memladder.core.errors import CacheError, FormatError, GraphError, MemladderError
 from memladder.core.serial import from_json, to_json
 from memladder.core.text import clean
 from memladder.engine.graph.fused import Parameters
@@ -32,7 +33,7 @@ from memladder.formats.base import Format
 from memladder.models import LayerConfig, cache, onnx_export, weights
 
 # A layer that is compiled in another way is another file.
-_RECIPE = "1"
+_RECIPE = "2"
 # Several sequences of several tokens, so that nothing of the layer is left out.
 _SHAPE = Workload(2, 65)
 # float32 holds all whole numbers up to this one.
@@ -51,9 +52,15 @@ def ensure(config: LayerConfig, cache_dir: Path) -> CompiledLayer:
 
     def make(part: Path) -> None:
         outline = path.with_name(f"outline-{onnx_export.version()}.onnx")
-        with cache.replacing(outline) as outline_part:
-            outline_part.write_bytes(_outlined(config))
-        part.write_text(_compiled(outline, config), encoding="utf-8")
+        try:
+            text = _made(config, outline, None)
+        except (FormatError, GraphError) as error:
+            # Some layers can be exported, or read, only if attention is spelled out.
+            try:
+                text = _made(config, outline, "eager")
+            except (FormatError, GraphError):
+                raise error from None
+        part.write_text(text, encoding="utf-8")
 
     cache.made(path, make)
     try:
@@ -109,11 +116,18 @@ def _path(config: LayerConfig, cache_dir: Path) -> Path:
     return cache.graph_dir(config, cache_dir) / f"layer-{key}.json"
 
 
-def _outlined(config: LayerConfig) -> bytes:
+def _made(config: LayerConfig, outline: Path, attention: str | None) -> str:
+    graph, shifts = _outlined(config, attention)
+    with cache.replacing(outline) as part:
+        part.write_bytes(graph)
+    return _compiled(outline, config, shifts)
+
+
+def _outlined(config: LayerConfig, attention: str | None) -> tuple[bytes, dict[str, float]]:
     """The user's numbers go by way of libraries that have many ways to fail on senseless ones; all
     of them are one line here."""
     try:
-        return onnx_export.outline(config, _SHAPE)
+        return onnx_export.outline(config, _SHAPE, attention)
     except MemladderError:
         raise
     except Exception as error:
@@ -121,7 +135,7 @@ def _outlined(config: LayerConfig) -> bytes:
         raise FormatError(f"this configuration's layer can't be exported: {reason}") from None
 
 
-def _compiled(outline: Path, config: LayerConfig) -> str:
+def _compiled(outline: Path, config: LayerConfig, shifts: Mapping[str, float]) -> str:
     # Not above: the process that measures reads what was compiled, and has no need of them.
     from memladder.engine.compile.fuse import fuse
     from memladder.engine.frontend import convert
@@ -129,7 +143,7 @@ def _compiled(outline: Path, config: LayerConfig) -> str:
     fused, parameters = fuse(convert.load(outline, _numbered(config)))
     found = {
         "layer": fused_json.to_text(fused),
-        "sources": to_json(_sources(parameters, config)),
+        "sources": to_json(_sources(parameters, config, shifts)),
         "constants": {name: vector.tolist() for name, vector in parameters.constants.items()},
     }
     return json.dumps(found) + "\n"
@@ -153,11 +167,13 @@ def _numbered(config: LayerConfig) -> dict[str, np.ndarray]:
     return found
 
 
-def _sources(parameters: Parameters, config: LayerConfig) -> dict[str, Source]:
+def _sources(
+    parameters: Parameters, config: LayerConfig, shifts: Mapping[str, float]
+) -> dict[str, Source]:
     found = {}
     for name, weight in parameters.matrices.items():
-        assert weight.factor == 1.0, f"{name} is scaled"
-        found[name] = Source.of(weight.array.name.removeprefix(onnx_export.PREFIX), weight.rows)
+        stored = weight.array.name.removeprefix(onnx_export.PREFIX)
+        found[name] = replace(Source.of(stored, weight.rows), factor=float(weight.factor))
     firsts = {
         name.removeprefix(onnx_export.PREFIX): array
         for name, array in _numbered(config).items()
@@ -169,7 +185,7 @@ def _sources(parameters: Parameters, config: LayerConfig) -> dict[str, Source]:
         rows = numbers - int(firsts[tensor][0])
         assert (numbers == vector).all(), f"{name} is computed"
         assert set(rows.tolist()) <= set(range(len(firsts[tensor]))), f"{name} is of two"
-        found[name] = Source.of(tensor, rows)
+        found[name] = replace(Source.of(tensor, rows), shift=shifts.get(tensor, 0.0))
     _check_all_read(found.values(), config)
     return found
 

@@ -7,13 +7,15 @@ tables a frequency a pair.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-# A score that is lower than this is masked; ALiBi stays above it, and below its negative.
+# A score that is lower than this is masked; ALiBi stays above it.
 _BLOCKED = -1e4
+# After a factor, which the scores' own range has as well, and with ALiBi added.
+_STILL_BLOCKED = -1e3
 # float32: frequencies, rounded, times a position, rounded.
 _ANGLE = 2.0**-21
 
@@ -25,20 +27,21 @@ class PositionError(Exception):
 @dataclass(frozen=True)
 class Bias:
     """What is added to attention's scores: what it masks, with `floor` at the most, and ALiBi's
-    slopes."""
+    slopes. All else that is added lies within `lift`."""
 
     causal: bool = False
     window: int | None = None
     slopes: np.ndarray | None = None
     floor: float = -math.inf
+    lift: float = 0.0
 
     def times(self, factor: float) -> Bias:
         """What it is of scores that are multiplied. Raises PositionError for a mask no more."""
         floor = self.floor * factor
-        if factor <= 0 or floor > _BLOCKED:
+        if factor <= 0 or floor > _STILL_BLOCKED:
             raise PositionError(f"a mask of {self.floor:g} times {factor:g}")
         slopes = None if self.slopes is None else self.slopes * np.float32(factor)
-        return replace(self, slopes=slopes, floor=floor)
+        return replace(self, slopes=slopes, floor=floor, lift=self.lift * factor)
 
 
 def read_bias(added: np.ndarray) -> Bias:
@@ -50,8 +53,6 @@ def read_bias(added: np.ndarray) -> Bias:
     heads, queries, keys = added.shape
     blocked = added <= _BLOCKED
     causal, window = _mask(blocked, queries, keys)
-    if not (added < -_BLOCKED).all():
-        raise PositionError("numbers added to attention's scores that undo a mask")
     floor = float(added[blocked].max(initial=-math.inf))
     if not added[~blocked].any():
         return Bias(causal, window, None, floor)
@@ -60,7 +61,14 @@ def read_bias(added: np.ndarray) -> Bias:
     paper = alibi_slopes(heads)
     if all(line.has(slope) for line, slope in zip(lines, paper, strict=True)):
         slopes = paper
-    return Bias(causal, window, slopes.astype(np.float32), floor)
+    lift = float(np.ptp(added[~blocked]))
+    return Bias(causal, window, slopes.astype(np.float32), floor, lift)
+
+
+def still_masked(biases: Sequence[Bias]) -> bool:
+    """Does what one of them masks stay masked with all others added?"""
+    floor = max((bias.floor for bias in biases), default=-math.inf)
+    return floor + sum(bias.lift for bias in biases) <= _STILL_BLOCKED
 
 
 def _mask(blocked: np.ndarray, queries: int, keys: int) -> tuple[bool, int | None]:

@@ -8,7 +8,7 @@ among them makes another function.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import TypeAlias, TypeVar
 
@@ -24,17 +24,18 @@ Key = TypeVar("Key")
 # Numbers of a model in float16 are rounded to 11 bits: tanh's and erf's GELU, 5e-4 apart, are told
 # apart by which of them is nearer.
 _NEAR = 1e-3
-# These have no numbers that could be rounded.
-_EXACT = {"relu": 1e-6, "relu_squared": 1e-6}
+# Where a function has a kink, it is at a number that is meant.
+_EXACT = 1e-6
 # float32's exponential overflows, and a model that spells it out may give no number.
 _OVERFLOW = 88.0
 _MOST = float(np.finfo(np.float16).max)
 
 
-def nearest_function(found: Function, names: Sequence[str]) -> str | None:
+def nearest_function(found: Function, names: Sequence[str], *, kinked: bool) -> str | None:
     """Which of `POINTWISE` it is, of the names; None if it is none of these.
 
-    `found` takes float64 [probes, 1] to the same.
+    `found` takes float64 [probes, 1] to the same; `kinked` if it is spelled with functions that
+    have a kink.
     """
     near, values = _known(names)
     best = _nearest(found(near), values)
@@ -43,8 +44,11 @@ def nearest_function(found: Function, names: Sequence[str]) -> str | None:
     probe, values = _known((best,), everywhere=True)
     made, wanted = found(probe), values[best]
     overflown = ~made.isfinite() & (probe.abs() > _OVERFLOW)
-    error = _error(made.where(~overflown, wanted), wanted)
-    return best if error <= _EXACT.get(best, _NEAR) else None
+    made = made.where(~overflown, wanted)
+    if kinked:
+        # Nothing is small enough to be left out: it may be what a norm is divided by.
+        return best if torch.allclose(made, wanted, rtol=_EXACT, atol=0) else None
+    return best if _error(made, wanted) <= _NEAR else None
 
 
 def nearest_of_rows(
@@ -55,13 +59,14 @@ def nearest_of_rows(
     All take float64 [rows, columns] to the same. Near the `numbers`, those that it is spelled
     with, there are more rows.
     """
-    probe = _rows(columns)
-    made = found(probe)
-    close = {key: other for key, other in known.items() if _error(made, other(probe)) <= _NEAR}
-    if not close:
-        return None
-    probe = _all_rows(columns, numbers)
-    return _nearest(found(probe), {key: other(probe) for key, other in close.items()})
+    worst = dict.fromkeys(known, 0.0)
+    for probe in _rows(columns, numbers):
+        made = found(probe)
+        worst = {key: max(worst[key], _error(made, known[key](probe))) for key in worst}
+        worst = {key: error for key, error in worst.items() if error <= _NEAR}
+        if not worst:
+            return None
+    return min(worst, key=lambda key: worst[key])
 
 
 @cache
@@ -82,32 +87,32 @@ def _random(columns: int, sizes: Tensor) -> Tensor:
     return ((values + 0.5) * sizes.unsqueeze(1)).clamp(-_MOST, _MOST)
 
 
-def _rows(columns: int) -> Tensor:
-    """A few magnitudes, the smallest near the root of a norm's epsilon."""
-    return _random(columns, torch.logspace(-3.5, 1, 10, dtype=torch.float64))
-
-
-def _all_rows(columns: int, numbers: Iterable[float]) -> Tensor:
-    """All magnitudes, and more of them near the numbers, their roots and squares; even rows, rows
-    with one number that is larger than the others or alone, and zeros."""
+def _rows(columns: int, numbers: Iterable[float]) -> Iterator[Tensor]:
+    """A few magnitudes, the smallest near the root of a norm's epsilon. Then all, and more of them
+    near the numbers, their roots and squares: even rows, rows with one number that is larger than
+    the others or alone, and zeros."""
+    yield _random(columns, torch.logspace(-3.5, 1, 10, dtype=torch.float64))
     near = [f(abs(n)) for n in numbers for f in (float, math.sqrt, lambda n: n * n)]
     sizes = [*np.logspace(-6, math.log10(_MOST), 45)]
     sizes += [n * f for n in near for f in (0.5, 0.9, 1.1, 2.0) if 1e-6 < n * f <= _MOST]
     size = torch.tensor(sizes, dtype=torch.float64)
     rows = _random(columns, size)
+    yield rows
     even = rows.sign() * size.unsqueeze(1)
-    ahead = rows.clone()
-    ahead[:, 0] *= torch.logspace(1, 4, len(size), dtype=torch.float64)
-    alone = torch.zeros_like(rows)
-    alone[:, 0] = even[:, 0]
-    zeros = torch.zeros_like(rows[:1])
-    return torch.cat((rows, even, ahead.clamp(-_MOST, _MOST), alone, -alone, zeros))
+    yield even
+    rows[:, 0] *= torch.logspace(1, 4, len(size), dtype=torch.float64)
+    yield rows.clamp(-_MOST, _MOST)
+    rows[:, 1:] = 0
+    rows[:, 0] = size
+    yield rows
+    yield -rows
+    yield torch.zeros_like(rows[:1])
 
 
 def _error(found: Tensor, wanted: Tensor) -> float:
     """The greatest error, relative for what is greater than 1; infinite where only one is a
     number."""
-    if found.shape[0] != wanted.shape[0]:
+    if found.shape != wanted.shape:
         return math.inf
     same = (found == wanted) | (found.isnan() & wanted.isnan())
     errors = ((found - wanted).abs() / (1 + wanted.abs())).nan_to_num(math.inf)

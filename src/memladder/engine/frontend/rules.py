@@ -36,6 +36,7 @@ from memladder.engine.graph.nodes import (
 FUNCTIONS = ("silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "relu_squared", "sigmoid", "tanh")
 """Of one operand; what a chain of elementwise operators may turn out to be."""
 
+_KINKED = ("abs", "clip", "relu", "relu_squared")
 # Two float32 numbers, multiplied, are this near to what was meant.
 _ROUNDED = 1e-6
 # Operators of the longest spelling of a function or norm. Without an end, a chain of n operators is
@@ -79,7 +80,10 @@ def function(node: Node, nodes: Nodes) -> Node | None:
     for leaf in _leaves(node, (Pointwise,)):
         if node.operands == (leaf,) and node.function in FUNCTIONS:
             continue
-        name = probes.nearest_function(partial(evaluate_from, node, leaf), FUNCTIONS)
+        within = between(node, leaf)
+        kinked = any(isinstance(o, Pointwise) and o.function in _KINKED for o in within)
+        found = partial(evaluate_from, node, leaf)
+        name = probes.nearest_function(found, FUNCTIONS, kinked=kinked)
         if name is not None:
             return nodes(Pointwise(node.columns, node.source, name, (leaf,)))
     return None

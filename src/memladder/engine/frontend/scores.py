@@ -26,7 +26,7 @@ from memladder.engine.frontend.axes import (
     shape_of,
     token_axes,
 )
-from memladder.engine.frontend.positions import Bias, read_bias
+from memladder.engine.frontend.positions import Bias, read_bias, still_masked
 from memladder.engine.frontend.views import Value
 from memladder.engine.graph.nodes import Attention, Node
 
@@ -216,7 +216,7 @@ def _unrepeated(value: Value) -> Value:
     heads = group = len(rows)
     while group > 1 and (heads % group or (np.repeat(rows[::group], group, axis=0) != rows).any()):
         group -= 1
-    tables = [None if term.table is None else _same_by_head(term.table) for term in value.terms]
+    tables = [None if term.table is None else _by_group(term, group) for term in value.terms]
     lost = sum(table is None for table in tables) > sum(t.table is None for t in value.terms)
     if group == 1 or lost:
         return value
@@ -232,10 +232,17 @@ def _unrepeated(value: Value) -> Value:
     return replace(value, axes=axes, terms=terms)
 
 
-def _same_by_head(table: np.ndarray) -> np.ndarray | None:
-    """The table [seq_len, 1, head_dim], if it is the same for all heads."""
-    flat = table.reshape(len(table), -1, table.shape[-1])
-    return flat[:, :1] if (flat == flat[:, :1]).all() else None
+def _by_group(term: views.Term, group: int) -> np.ndarray | None:
+    """The term's table [seq_len, heads / group or 1, head_dim], if it is the same in a group."""
+    assert term.table is not None
+    table, size = term.table, term.table.shape[-1]
+    if math.prod(table.shape[1:-1]) > 1:
+        table = np.broadcast_to(table, (len(table), *term.index.shape[:-1], size))
+    flat = table.reshape(len(table), -1, size)
+    if flat.shape[1] == 1:
+        return flat
+    kept: np.ndarray = flat[:, ::group]
+    return kept if (np.repeat(kept, group, axis=1) == flat).all() else None
 
 
 def _grouped(
@@ -258,6 +265,8 @@ def _grouped(
 def _bias(
     scores: Scores, tokens: Workload, heads: int
 ) -> tuple[bool, int | None, np.ndarray | None]:
+    if not still_masked(scores.biases):
+        raise LayoutError("numbers added to attention's scores that undo a mask")
     causal = scores.causal or any(b.causal for b in scores.biases)
     windows = [b.window for b in scores.biases if b.window is not None]
     slopes = [b.slopes for b in scores.biases if b.slopes is not None]

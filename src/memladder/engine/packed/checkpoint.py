@@ -7,9 +7,10 @@ nothing is unpickled, no code of a checkpoint runs.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -17,14 +18,20 @@ from typing import Any
 from memladder import models
 from memladder.core.errors import ConfigError, FormatError, UsageError
 from memladder.engine.packed import packed_layer, packing
-from memladder.models import LayerConfig, fields
+from memladder.models import LayerConfig, catalogue, fields
+from memladder.models.cache import default_dir
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth")
 _DTYPES = ("F16", "BF16", "F32")
+# What models of old have stored beside their weights, and compute themselves.
+_BUFFERS = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")
 # The index of a model of a trillion parameters has 10 MB.
 _MAX_JSON_BYTES = 64 << 20
+
+# What files call a tensor that transformers has renamed since.
+_OTHER_NAMES = {"lm_head.weight": ("embed_out.weight",)}
 
 Places = dict[str, Path]
 """The file of each tensor, by the name that the tensor has there."""
@@ -41,6 +48,113 @@ class CheckpointLayer:
     def rows(self) -> packing.Rows:
         """What `packing.pack` reads."""
         return packing.reader(self.places.__getitem__)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """All of a checkpoint. `raw` is what `config.json` says; `tensors` the file of each tensor."""
+
+    folder: Path
+    raw: Mapping[str, Any]
+    layers: tuple[CheckpointLayer, ...]
+    tensors: Mapping[str, Path]
+
+    @property
+    def digest(self) -> str:
+        """64 hexadecimal digits that differ where the configuration or a file is another one."""
+        files = [
+            [path.name, (stat := path.stat()).st_size, stat.st_mtime_ns]
+            for path in sorted(set(self.tensors.values()))
+        ]
+        text = json.dumps([self.raw, sorted(self.tensors), files], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def outside(self, names: Iterable[str]) -> Outside:
+        """Tensors beside the layers, by the names that transformers has for them. Raises
+        FormatError."""
+        found = {}
+        for name in names:
+            # Files of some families leave out what the whole decoder is called.
+            known = (name, name.partition(".")[2], *_OTHER_NAMES.get(name, ()))
+            stored = next((one for one in known if one in self.tensors), None)
+            if stored is None:
+                raise FormatError(f"{self.folder}: tensor {name} is missing")
+            found[name] = self.tensors[stored], stored
+        shapes = {}
+        for name, (path, stored) in found.items():
+            with packed_layer.opened(path) as file:
+                there = set(file.keys())
+                if stored not in there:
+                    raise FormatError(f"{path}: tensor {stored} is missing, which the index has")
+                shapes[name] = _shape(path, stored, file.get_slice(stored))
+        return Outside(found, shapes)
+
+
+@dataclass(frozen=True)
+class Outside:
+    """Tensors beside the layers: where each is, and its shape."""
+
+    places: Mapping[str, tuple[Path, str]]
+    shapes: Mapping[str, tuple[int, ...]]
+
+    def rows(self) -> packing.Rows:
+        """What `rest.pack` reads."""
+        return packing.reader(self.places.__getitem__)
+
+
+def open_all(folder: Path) -> Checkpoint:
+    """The checkpoint in `folder`, of any family that transformers builds, and all of its layers.
+
+    Raises as `open_layer` does.
+    """
+    try:
+        if not folder.is_dir():
+            raise UsageError(f"{folder}: no such folder; a local checkpoint is wanted")
+        if not (folder / "config.json").is_file():
+            raise ConfigError(f"{folder}: no config.json there, so it is no checkpoint")
+        raw, tensors = _json(folder / "config.json"), _tensors(folder)
+        model = catalogue.read(folder / "config.json", default_dir())
+        if model.quantization is not None:
+            raise ConfigError(
+                f"{folder}: quantised by {model.quantization!r} already; give the one it is made of"
+            )
+        layers = []
+        for number in range(model.layer_count):
+            config = model.layer(number)
+            places = _found(config, number, folder, tensors)
+            _check(config, places)
+            layers.append(CheckpointLayer(config, number, places))
+        beyond = _prefixes(model.layer(0), model.layer_count, tensors)
+        if beyond:
+            raise FormatError(
+                f"{folder}: tensors of {beyond[0][:80]!r}; by config.json there are "
+                f"{model.layer_count} layers"
+            )
+    except OSError as error:
+        raise FormatError(f"{folder}: {error.strerror or error}") from None
+    return Checkpoint(folder, raw, tuple(layers), tensors)
+
+
+def _found(
+    config: LayerConfig, number: int, folder: Path, tensors: Places
+) -> dict[str, tuple[Path, str]]:
+    """File and name there of each of the layer's tensors: all that begin alike."""
+    prefixes = _prefixes(config, number, tensors)
+    if len(prefixes) != 1:
+        told = f": {', '.join(prefixes)[:200]}" if prefixes else ""
+        raise FormatError(f"{folder}: layer {number} is there {len(prefixes)} times{told}")
+    return _named_by(prefixes[0], config, number, folder, tensors)
+
+
+def _prefixes(config: LayerConfig, number: int, tensors: Places) -> list[str]:
+    """With what the names of a layer's tensors may begin, by any of the layer's own names."""
+    wanted = models.tensor_shapes(config)
+    found = set()
+    for name in tensors:
+        before, mark, inner = f".{name}".partition(f".{number}.")
+        if mark and inner in wanted:
+            found.add(f"{before}{mark}"[1:])
+    return sorted(found)
 
 
 def open_layer(folder: Path, number: int) -> CheckpointLayer:
@@ -121,15 +235,25 @@ def _layer(
         raise FormatError(
             f"{folder}: no tensor of layer {number}: none begins with {' or '.join(prefixes)}"
         )
+    return _named_by(prefix, config, number, folder, tensors)
+
+
+def _named_by(
+    prefix: str, config: LayerConfig, number: int, folder: Path, tensors: Places
+) -> dict[str, tuple[Path, str]]:
     wanted = models.tensor_shapes(config)
     for name in wanted:
         if prefix + name not in tensors:
             raise FormatError(f"{folder}: tensor {prefix}{name} is missing")
     for name in tensors:
-        # A layer without one of its weights would be another one; buffers have other names.
-        inner = name.removeprefix(prefix)
-        if inner != name and inner not in wanted and inner.endswith((".weight", ".bias")):
-            raise FormatError(f"{folder}: config.json knows nothing of tensor {name[:80]!r}")
+        # A layer without one of its weights, scales or adapters would be another one.
+        own = name.startswith(prefix) and name.removeprefix(prefix) not in wanted
+        adapter = f".{prefix}" in name and "lora_" in name
+        if adapter or (own and not name.endswith(_BUFFERS)):
+            raise FormatError(
+                f"{folder}: config.json knows nothing of tensor {name[:80]!r}, which belongs to "
+                f"layer {number}"
+            )
     return {name: (tensors[prefix + name], prefix + name) for name in wanted}
 
 
@@ -146,18 +270,21 @@ def _check(config: LayerConfig, places: Mapping[str, tuple[Path, str]]) -> None:
                 stored = places[name][1]
                 if stored not in there:
                     raise FormatError(f"{path}: tensor {stored} is missing, which the index has")
-                tensor = file.get_slice(stored)
-                shape = tuple(tensor.get_shape())
+                shape = _shape(path, stored, file.get_slice(stored))
                 if shape != shapes[name]:
                     raise FormatError(
                         f"{path}: tensor {stored} is of shape {list(shape)}; "
                         f"by config.json it is {list(shapes[name])}"
                     )
-                if tensor.get_dtype() not in _DTYPES:
-                    raise FormatError(
-                        f"{path}: tensor {stored} is {tensor.get_dtype()}; "
-                        f"{', '.join(_DTYPES)} can be read"
-                    )
+
+
+def _shape(path: Path, name: str, tensor: Any) -> tuple[int, ...]:
+    """Raises FormatError unless it is of float numbers."""
+    if tensor.get_dtype() not in _DTYPES:
+        raise FormatError(
+            f"{path}: tensor {name} is {tensor.get_dtype()}; {', '.join(_DTYPES)} can be read"
+        )
+    return tuple(tensor.get_shape())
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -38,6 +38,29 @@ RECIPE = "3"
 _KEYS = ("memladder_packed", "format", "formats", "layer", "shape")
 
 Table = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+Held = TypeVar("Held", bound="Weights")
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a packed file holds, without values: matrices [rows, columns] in their formats, sizes of
+    float16 vectors and of float32 constants, and what the file says about itself."""
+
+    matrices: Mapping[str, tuple[Format, int, int]]
+    vectors: Mapping[str, int]
+    constants: Mapping[str, int]
+    metadata: Mapping[str, str]
+
+    @property
+    def table(self) -> Table:
+        """Names, dtypes and shapes of the file's tensors, in the order in which they lie there."""
+        return tensor_table(self.matrices, self.vectors, self.constants)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        sizes = self.table.values()
+        return sum(dtype.itemsize * torch.Size(shape).numel() for dtype, shape in sizes)
 
 
 @dataclass(frozen=True)
@@ -63,20 +86,17 @@ class Form:
         return frozenset(name for name, kind in self.others.items() if kind.bits == 16)
 
     @property
-    def table(self) -> Table:
-        """Names, dtypes and shapes of a packed file's tensors, in the order in which they lie
-        there."""
-        return tensor_table(
-            {name: (self.format_of(name), *sizes) for name, sizes in self.fused.matrices.items()},
-            self.fused.vectors,
-            self.fused.constants,
-        )
+    def contents(self) -> Contents:
+        """What its file holds."""
+        matrices = {
+            name: (self.format_of(name), *sizes) for name, sizes in self.fused.matrices.items()
+        }
+        return Contents(matrices, self.fused.vectors, self.fused.constants, metadata(self))
 
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
-        sizes = self.table.values()
-        return sum(dtype.itemsize * torch.Size(shape).numel() for dtype, shape in sizes)
+        return self.contents.nbytes
 
     def program(
         self,
@@ -109,18 +129,24 @@ class Form:
 
 
 @dataclass(frozen=True)
-class PackedLayer:
-    """A layer ready to run. `vectors` are norms, biases and the constants of positions."""
+class Weights:
+    """What steps read. `vectors` are norms, biases and the constants of positions."""
 
-    form: Form
-    matrices: dict[str, PackedMatrix]
-    vectors: dict[str, Tensor]
+    matrices: Mapping[str, PackedMatrix]
+    vectors: Mapping[str, Tensor]
 
     @property
     def nbytes(self) -> int:
         """Bytes of everything."""
         own = sum(matrix.nbytes for matrix in self.matrices.values())
         return own + sum(vector.nbytes for vector in self.vectors.values())
+
+
+@dataclass(frozen=True)
+class PackedLayer(Weights):
+    """A layer ready to run."""
+
+    form: Form
 
 
 def metadata(form: Form) -> dict[str, str]:
@@ -168,7 +194,7 @@ def load(path: Path) -> PackedLayer:
     """
     with opened(path) as file:
         form = _described(path, file.metadata() or {})
-        return assembled(form, checked(path, file, form.table))
+        return assembled(form, checked(path, file, form.contents.table))
 
 
 def checked(path: Path, file: Any, wanted: Table) -> dict[str, Tensor]:
@@ -190,15 +216,15 @@ def checked(path: Path, file: Any, wanted: Table) -> dict[str, Tensor]:
     return found
 
 
-def device_bytes(layer: PackedLayer) -> int:
+def device_bytes(layer: Weights) -> int:
     """What `on_device` needs: all tensors, each aligned as a GPU's allocator would."""
     return sum(_aligned(tensor.nbytes) for tensor in _tensors(layer))
 
 
-def on_device(layer: PackedLayer, block: Tensor) -> PackedLayer:
-    """The layer copied into `block`, uint8, of `device_bytes` at least; no kernel runs for it.
+def on_device(layer: Held, block: Tensor) -> Held:
+    """The same copied into `block`, uint8, of `device_bytes` at least; no kernel runs for it.
 
-    The file's pages are read as they are copied; nothing of the layer is in memory besides.
+    The file's pages are read as they are copied; nothing of them is in memory besides.
     """
     end = 0
 
@@ -214,7 +240,7 @@ def on_device(layer: PackedLayer, block: Tensor) -> PackedLayer:
     return replace(layer, matrices=matrices, vectors=vectors)
 
 
-def _tensors(layer: PackedLayer) -> Iterator[Tensor]:
+def _tensors(layer: Weights) -> Iterator[Tensor]:
     for matrix in layer.matrices.values():
         parts = (matrix.codes, matrix.scales, matrix.zeros)
         yield from (part for part in parts if part is not None)
@@ -267,7 +293,7 @@ def assembled(form: Form, found: Mapping[str, Tensor]) -> PackedLayer:
         for name, sizes in form.fused.matrices.items()
     }
     names = (*form.fused.vectors, *form.fused.constants)
-    return PackedLayer(form, matrices, {name: found[name] for name in names})
+    return PackedLayer(matrices, {name: found[name] for name in names}, form)
 
 
 def packed_matrix(

@@ -12,17 +12,18 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
 from memladder.core.errors import FormatError
 from memladder.engine.packed import packed_layer
-from memladder.engine.packed.packed_layer import Form
+from memladder.engine.packed.packed_layer import Contents, Form
 from memladder.engine.packed.sources import CompiledLayer, Source
-from memladder.formats.base import Format, Quantised
+from memladder.formats.base import Format, Quantised, absmax, grouped
 from memladder.kernels.layout import Layout
 from memladder.kernels.packed import matrix_bytes
 
@@ -96,10 +97,12 @@ def pack(
     rows: Rows,
     path: Path,
     *,
+    others: Mapping[str, Format] = MappingProxyType({}),
     judge: bool = False,
     progress: Progress | None = None,
 ) -> tuple[MatrixReport, ...]:
     """Write the packed layer to `path`; with `judge` what each matrix has lost is measured too.
+    `others` are formats of single matrices.
 
     `progress` is called with parameters done and in all. Raises FormatError, naming the tensor,
     for values that are not finite or do not fit; `path` is then half-written.
@@ -108,8 +111,8 @@ def pack(
         name: Blocks(source.tensor, partial(_read, rows, source))
         for name, source in compiled.sources.items()
     }
-    form = Form(compiled.fused, kind, {})
-    return write(path, form, blocks, compiled.constants, judge=judge, progress=progress)
+    form = Form(compiled.fused, kind, others)
+    return write(path, form.contents, blocks, compiled.constants, judge=judge, progress=progress)
 
 
 @dataclass(frozen=True)
@@ -123,20 +126,19 @@ class Blocks:
 
 def write(
     path: Path,
-    form: Form,
+    contents: Contents,
     blocks: Mapping[str, Blocks],
     constants: Mapping[str, Tensor],
     *,
     judge: bool = False,
     progress: Progress | None = None,
 ) -> tuple[MatrixReport, ...]:
-    """A file of that form; `blocks` are all of its matrices and vectors. See `pack`."""
-    sizes = form.fused.matrices
-    total = sum(rows * columns for rows, columns in sizes.values())
+    """A file of these contents; `blocks` are all of its matrices and vectors. See `pack`."""
+    total = sum(rows * columns for _, rows, columns in contents.matrices.values())
     done = 0
     reports = []
-    table = form.table
-    header, places, size = _header(form)
+    table = contents.table
+    header, places, size = _header(contents)
     with path.open("wb") as file:
         file.write(header)
         file.truncate(size)
@@ -145,8 +147,8 @@ def write(
             file.seek(places[name] + offset)
             file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
 
-        for name, (rows, columns) in sizes.items():
-            kind, matrix = form.format_of(name), blocks[name]
+        for name, (kind, rows, columns) in contents.matrices.items():
+            matrix = blocks[name]
             layout = Layout.of(kind, rows, columns)
             offset = 0
             # Made at once: kept among each block's temporaries, small ones would split the heap.
@@ -176,7 +178,7 @@ def write(
                 put(f"{name}.{part}", groups)
             nbytes = matrix_bytes(kind, rows, columns)
             reports.append(MatrixReport(name, rows, columns, nbytes, signal, noise))
-        for name, size in form.fused.vectors.items():
+        for name, size in contents.vectors.items():
             vector = blocks[name]
             put(name, _quantised_vector(vector.read(0, size), vector.source))
         for name, constant in constants.items():
@@ -186,13 +188,13 @@ def write(
     return tuple(reports)
 
 
-def _header(form: Form) -> tuple[bytes, dict[str, int], int]:
+def _header(contents: Contents) -> tuple[bytes, dict[str, int], int]:
     """The file's beginning, padded so that the data can be mapped; where each tensor begins; the
     whole file's size."""
-    table: dict[str, object] = {"__metadata__": packed_layer.metadata(form)}
+    table: dict[str, object] = {"__metadata__": dict(contents.metadata)}
     starts = {}
     end = 0
-    for name, (dtype, shape) in form.table.items():
+    for name, (dtype, shape) in contents.table.items():
         starts[name], end = end, end + dtype.itemsize * math.prod(shape)
         offsets = [starts[name], end]
         table[name] = {"dtype": _DTYPES[dtype], "shape": list(shape), "data_offsets": offsets}
@@ -204,7 +206,7 @@ def _header(form: Form) -> tuple[bytes, dict[str, int], int]:
 
 def is_whole(path: Path, form: Form) -> bool:
     """Is a file of that size and of that header there?"""
-    header, _, size = _header(form)
+    header, _, size = _header(form.contents)
     try:
         with path.open("rb") as file:
             return os.fstat(file.fileno()).st_size == size and file.read(len(header)) == header
@@ -233,20 +235,49 @@ def _read(rows: Rows, source: Source, start: int, stop: int) -> Tensor:
         raise FormatError(f"{source.tensor} has too few rows: {stop} are wanted")
     if not values.isfinite().all():
         raise FormatError(f"{source.tensor} holds NaN or infinity in rows {start} to {stop - 1}")
-    return values
+    return source.applied(values)
 
 
 def _quantised(kind: Format, values: Tensor, name: str) -> Quantised:
     try:
-        return kind.quantise(values)
+        found = kind.quantise(values)
+        _require_held(kind, values, found)
     except FormatError as error:
         raise FormatError(f"{name}: {error}") from None
+    return found
+
+
+def _require_held(kind: Format, values: Tensor, found: Quantised) -> None:
+    """Raise FormatError for weights that are not zero where the format has no scale that small:
+    they would become zeros. A group of zeros is fine."""
+    most = absmax(grouped(values, kind.group or values.shape[1])).squeeze(-1)
+    if found.scales is None:
+        wrong = (most > 0) & (absmax(kind.decode(found.codes)) == 0)
+    else:
+        scales = kind.scale_values(found.scales)
+        # The largest weight is half of the largest code times the scale at the least: a quarter
+        # where the scale was rounded up to the smallest that there is.
+        wrong = (most > 0) & ((scales == 0) | (most < scales * (_top(kind) / 4)))
+    if wrong.any():
+        raise FormatError(
+            f"{kind} has no {'value' if found.scales is None else 'scale'} that small: of "
+            f"{int(wrong.sum())} groups the largest weight is {float(most[wrong].max()):.2g}"
+        )
+
+
+@lru_cache(maxsize=16)
+def _top(kind: Format) -> float:
+    """The largest finite magnitude that a code stands for before its scale."""
+    codes = torch.arange(1 << kind.bits, dtype=torch.uint8).view(1, -1)
+    return float(kind.decode(codes).nan_to_num(0.0, 0.0, 0.0).abs().max())
 
 
 def _quantised_vector(values: Tensor, name: str) -> Tensor:
     stored = values.to(torch.float16)
     if not stored.isfinite().all():
         raise FormatError(f"{name}: a value beyond 65504 does not fit into fp16")
+    if values.any() and not stored.any():
+        raise FormatError(f"{name}: fp16 has no value that small; all of it would be zero")
     return stored
 
 

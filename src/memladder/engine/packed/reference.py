@@ -109,7 +109,7 @@ def _tensors(
     for name, source in sources.items():
         matrix = packed.matrices.get(name)
         rows = packed.vectors[name].float() if matrix is None else matrix.dequantise()
-        _scatter(found[source.tensor], source, rows)
+        _scatter(found[source.tensor], source, (rows - source.shift) / source.factor)
     return found
 
 

@@ -16,11 +16,20 @@ class Source:
     """Rows of a tensor: ranges first … last − 1, one after the other.
 
     BLOOM keeps query, key and value of a head next to each other: there the keys of all heads are
-    as many ranges as heads.
+    as many ranges as heads. What the tensor holds is multiplied by `factor` (scores that are not
+    divided by √d), and `shift` is added to it (Gemma stores the weights of its norms less 1).
     """
 
     tensor: str
     ranges: tuple[tuple[int, int], ...]
+    factor: float = 1.0
+    shift: float = 0.0
+
+    def applied(self, stored: Tensor) -> Tensor:
+        """What is read of the stored numbers."""
+        if (self.factor, self.shift) == (1.0, 0.0):
+            return stored
+        return stored.float() * self.factor + self.shift
 
     @classmethod
     def of(cls, tensor: str, rows: np.ndarray) -> Source:

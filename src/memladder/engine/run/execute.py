@@ -9,7 +9,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from memladder.engine.packed.packed_layer import PackedLayer
+from memladder.engine.packed.packed_layer import Weights
 from memladder.engine.program.plan import ArenaPlan
 from memladder.engine.program.steps import Program, Rows, Step
 
@@ -49,7 +49,7 @@ class Execution:
         self,
         program: Program,
         plan: ArenaPlan,
-        layer: PackedLayer,
+        layer: Weights,
         kernels: ModuleType,
         arena: Tensor,
         only: Callable[[Step], bool] = lambda _: True,

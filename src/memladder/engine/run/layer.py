@@ -20,6 +20,7 @@ from memladder.engine.packed.packed_layer import PackedLayer
 from memladder.engine.program.plan import plan
 from memladder.engine.program.steps import Program
 from memladder.engine.run.execute import Execution, arena_bytes
+from memladder.formats.base import Format
 from memladder.models.cache import default_dir
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
@@ -173,14 +174,18 @@ def load_layer(
     where = torch_device(device)
     packed = packed_layer.load(Path(path))
     name = str(packed.form.format).partition(":")[0]
-    spec = formats.ACTIVATIONS.get(name, "fp16") if activation is None else activation
+    rounded = activation_format(activation or formats.ACTIVATIONS.get(name, "fp16"))
+    placed = _placed(packed, where)
+    return RunnableLayer(placed, lambda shape: packed.form.program(shape, rounded), where, check)
+
+
+def activation_format(spec: str) -> Format | None:
+    """A format of activations, None for fp16. Raises FormatError and UsageError."""
     kind = formats.get(spec)
     if not kind.is_activation:
         allowed = ", ".join(key for key in formats.names() if formats.get(key).is_activation)
         raise UsageError(f"{spec} is no activation format; allowed: {allowed}")
-    rounded = None if kind.bits == 16 else kind
-    placed = _placed(packed, where)
-    return RunnableLayer(placed, lambda shape: packed.form.program(shape, rounded), where, check)
+    return None if kind.bits == 16 else kind
 
 
 def load_compiled(
@@ -200,12 +205,17 @@ def _placed(packed: PackedLayer, device: torch.device) -> PackedLayer:
     """On a GPU a copy in one block, and the cuts of kernels that were tuned there."""
     if device.type == "cpu":
         return packed
+    use_tuned_cuts()
+    block = torch.empty(packed_layer.device_bytes(packed), dtype=torch.uint8, device=device)
+    return packed_layer.on_device(packed, block)
+
+
+def use_tuned_cuts() -> None:
+    """Let kernels take the cuts that `memladder tune` has kept for this GPU, if it has."""
     from memladder import __version__
     from memladder.kernels.cuda import tuning
 
     tuning.load(tuning.path(default_dir(), __version__))
-    block = torch.empty(packed_layer.device_bytes(packed), dtype=torch.uint8, device=device)
-    return packed_layer.on_device(packed, block)
 
 
 def torch_device(wanted: str | torch.device | None) -> torch.device:

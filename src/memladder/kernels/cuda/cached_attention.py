@@ -226,6 +226,7 @@ _CUTS = {
     "16 parts": (Cut(16, 64, 4, 3), Cut(16, 128, 4, 2), Cut(16, 64, 2, 3), Cut(16, 128, 8, 2)),
     "32 parts": (Cut(32, 64, 4, 3),),
     "64 parts": (Cut(64, 64, 4, 3),),
+    "64 parts codes": (Cut(64, 32, 4, 3),),
     "16 parts wide": (Cut(16, 32, 4, 3),),
     "32 parts wide": (Cut(32, 32, 4, 3),),
     "64 parts wide": (Cut(64, 32, 8, 2),),
@@ -236,6 +237,7 @@ _CUTS = {
     "16 parts held": (Cut(16, 64, 4, 2),),
     "32 parts held": (Cut(32, 32, 4, 2),),
     "64 parts held": (Cut(64, 32, 8, 2),),
+    "64 parts codes held": (Cut(64, 32, 8, 2),),
     "16 parts wide held": (Cut(16, 32, 4, 2),),
     "32 parts wide held": (Cut(32, 32, 8, 2),),
     "64 parts wide held": (Cut(64, 32, 8, 1),),
@@ -304,12 +306,11 @@ def cached_attention(
 
 def _kind(rows: int, parts: int, width: int, scaled: bool) -> str:
     """The class of shapes that a cut is chosen for."""
-    kind = "many"
-    if parts > 1:
-        kind = f"{min(64, max(16, triton.next_power_of_2(rows)))} parts"
+    few = parts > 1
+    kind = f"{min(64, max(16, triton.next_power_of_2(rows)))} parts" if few else "many"
     if width > 128:
         kind += " wide"
-    elif parts == 1 and scaled:
+    elif scaled and (rows > 32 or not few):
         kind += " codes"
     return kind if has_wgmma() else f"{kind} held"
 

@@ -30,7 +30,7 @@ def stored(x, m, n, M, N, residual, out, RESIDUAL: tl.constexpr):
     inside = (m < M)[:, None] & (n < N)[None, :]
     if RESIDUAL:
         x += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + at, x.to(tl.float16), mask=inside)
+    tl.store(out + at, x.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -42,7 +42,7 @@ def finished(x, at, n, inside, bias, residual, out, ACTIVATION: tl.constexpr,
     x = activated(x, ACTIVATION)
     if RESIDUAL:
         x += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + at, x.to(tl.float16), mask=inside)
+    tl.store(out + at, x.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit

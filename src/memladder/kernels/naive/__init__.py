@@ -7,6 +7,13 @@ need a few tiles of `TILE` elements, never more than 64 MiB, whatever the shapes
 
 from memladder.kernels.naive.attention import attention, windowed_attention
 from memladder.kernels.naive.cached import advance, cache_append, cached_attention, rotary_at
+from memladder.kernels.naive.ends import (
+    add_positions,
+    cap_logits,
+    choose_largest,
+    embed,
+    last_rows,
+)
 from memladder.kernels.naive.products import glu, matmul, qkv, use_workspace, workspace_bytes
 from memladder.kernels.naive.rows import (
     ACTIVATIONS,
@@ -23,11 +30,16 @@ from memladder.kernels.naive.rows import (
 __all__ = [
     "ACTIVATIONS",
     "FUNCTIONS",
+    "add_positions",
     "advance",
     "attention",
     "cache_append",
     "cached_attention",
+    "cap_logits",
+    "choose_largest",
+    "embed",
     "glu",
+    "last_rows",
     "layer_norm",
     "layer_norm_heads",
     "matmul",

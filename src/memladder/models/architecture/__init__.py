@@ -7,7 +7,6 @@ groups, the tables around them, and a vision or audio tower that is counted apar
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -118,10 +117,15 @@ class LayerSpec:
 
 @dataclass(frozen=True)
 class LayerGroup:
-    """`count` layers that are alike, wherever they stand."""
+    """Layers that are alike, by their numbers in the model."""
 
-    count: int
+    numbers: tuple[int, ...]
     layer: LayerSpec
+
+    @property
+    def count(self) -> int:
+        """How many they are."""
+        return len(self.numbers)
 
 
 @dataclass(frozen=True)
@@ -129,8 +133,8 @@ class Architecture:
     """A decoder as its configuration describes it.
 
     `embeddings` are tables and head, the norms around the layers among them; `towers` are
-    parameters of what is no text: they are estimates. `rotary` are (positions, width) of tables of
-    angles that engines keep.
+    parameters of what is no text: they are estimates. `positions` is 0 where nothing bounds them.
+    `rotary` are (positions, width) of the tables of angles that engines keep.
     """
 
     family: str
@@ -169,7 +173,10 @@ class Architecture:
 
 def grouped(layers: list[LayerSpec]) -> tuple[LayerGroup, ...]:
     """Equal layers together, in the order in which each kind comes first."""
-    return tuple(LayerGroup(count, layer) for layer, count in Counter(layers).items())
+    numbers: dict[LayerSpec, list[int]] = {}
+    for number, layer in enumerate(layers):
+        numbers.setdefault(layer, []).append(number)
+    return tuple(LayerGroup(tuple(found), layer) for layer, found in numbers.items())
 
 
 def require(holds: bool, text: str) -> None:

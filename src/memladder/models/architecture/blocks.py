@@ -39,6 +39,7 @@ class AttentionForm:
     qk_norm: str | None = None
     sinks: bool = False
     gated: bool = False
+    fused: bool = False
 
 
 def attention(v: Values, form: AttentionForm, kind: str) -> tuple[Tensors, CacheSpec]:
@@ -58,10 +59,13 @@ def attention(v: Values, form: AttentionForm, kind: str) -> tuple[Tensors, Cache
             kv_heads = v.size("num_global_key_value_heads", default=kv_heads)
     bias, out_bias = v.switch(form.qkv_bias), v.switch(form.out_bias)
     queries, keys = heads * size, kv_heads * size
-    found = linear("self_attn.q_proj", queries * (2 if form.gated else 1), hidden, bias)
-    found += linear("self_attn.k_proj", keys, hidden, bias, Split.KV_HEADS)
-    if not shared_values:
-        found += linear("self_attn.v_proj", keys, hidden, bias, Split.KV_HEADS)
+    if form.fused and kv_heads == heads:
+        found = linear("self_attn.qkv_proj", queries + 2 * keys, hidden, bias)
+    else:
+        found = linear("self_attn.q_proj", queries * (2 if form.gated else 1), hidden, bias)
+        found += linear("self_attn.k_proj", keys, hidden, bias, Split.KV_HEADS)
+        if not shared_values:
+            found += linear("self_attn.v_proj", keys, hidden, bias, Split.KV_HEADS)
     found += linear("self_attn.o_proj", hidden, queries, out_bias, Split.COLUMNS)
     if form.qk_norm == "head":
         found += vectors(("self_attn.q_norm.weight", "self_attn.k_norm.weight"), size)

@@ -18,7 +18,7 @@ class Family:
     `norms` counts norms of the hidden width a layer; `pattern` says which layers are full among
     windowed ones (every n-th, where the file does not say); `mixer` is what a layer that is no
     attention has. `router_bias` counts vectors of the number of experts beside the router, `gains`
-    numbers that the activation learns. `fused`: one matrix makes queries, keys and values.
+    numbers that the activation learns.
     """
 
     form: Form = field(default_factory=Form)
@@ -42,13 +42,13 @@ class Family:
     expert_bias: bool = False
     router_bias: int = 0
     shared_gate: bool = False
-    fused: bool = False
     gains: int = 0
 
 
 _QK = Form(qk_norm="head")
 _NO_BIAS = Form(False, False)
 _BIAS = Form(True, True)
+_FUSED = Form(True, True, fused=True)
 _QKV = Form(True, False)
 _GPT = Family(_BIAS, norm_bias=True, gated=False, mlp_bias=True)
 
@@ -89,20 +89,18 @@ FAMILIES: dict[str, Family] = {
     ),
     # After GPT: LayerNorm with bias, two matrices in the MLP.
     "bloom": replace(_GPT, embedding_norm=True, rotary=False, alibi=True, inner_of_hidden=4,
-                     fused=True),
+                     form=_FUSED),
     "falcon": replace(_GPT, form=Form("bias", "bias"), norms=1, mlp_bias="bias",
-                      inner="ffn_hidden_size", inner_of_hidden=4, fused=True),
-    "gpt_neox": replace(_GPT, form=Form("attention_bias", "attention_bias"), fused=True),
-    "gpt2": replace(_GPT, positions=0, rotary=False, inner="n_inner", inner_of_hidden=4,
-                    fused=True),
+                      inner="ffn_hidden_size", inner_of_hidden=4),
+    "gpt_neox": replace(_GPT, form=Form("attention_bias", "attention_bias")),
+    "gpt2": replace(_GPT, positions=0, rotary=False, inner="n_inner", inner_of_hidden=4),
     "gptj": replace(_GPT, form=_NO_BIAS, norms=1, head_bias=True, inner="n_inner",
                     inner_of_hidden=4),
-    "gpt_bigcode": replace(_GPT, positions=0, rotary=False, inner="n_inner", inner_of_hidden=4,
-                           fused=True),
+    "gpt_bigcode": replace(_GPT, positions=0, rotary=False, inner="n_inner", inner_of_hidden=4),
     "opt": replace(_GPT, form=Form("enable_bias", "enable_bias"), positions=2, rotary=False,
                    inner="ffn_dim", mlp_bias="enable_bias"),
     "mpt": Family(_NO_BIAS, gated=False, mlp_bias=False, rotary=False, alibi=True,
-                  inner_of_hidden=4, fused=True),
+                  inner_of_hidden=4),
     "phi": replace(_GPT, norms=1, head_bias=True),
     # Experts.
     "mixtral": Family(_NO_BIAS, window="always"),

@@ -65,7 +65,7 @@ def read(raw: Mapping[str, Any]) -> Architecture:
         follows = shared and index >= len(kinds) - shared
         layers.append(_layer(values, row, kind, index, bool(follows)))
     tied = bool(outer.get("tie_word_embeddings", values.get("tie_word_embeddings")))
-    positions = values.count("max_position_embeddings", "n_positions", "seq_length")
+    positions = 0 if row.alibi else values.count("max_position_embeddings", "n_positions")
     quantisation = raw.get("quantization_config") or text.get("quantization_config")
     if quantisation is not None and not isinstance(quantisation, Mapping):
         raise ConfigError(f"quantization_config {str(quantisation)[:40]!r} is not an object")

@@ -48,9 +48,14 @@ def _tanh(converter: Converter, operator: Operator, given: Sequence[Any]) -> Res
     return mapped(converter, "tanh", as_value(given[0]))
 
 
+_GELU = {"none": "gelu", "tanh": "gelu_tanh"}
+
+
 def _gelu(converter: Converter, operator: Operator, given: Sequence[Any]) -> Result:
-    exact = operator.attributes.get("approximate", "none") == "none"
-    return mapped(converter, "gelu" if exact else "gelu_tanh", as_value(given[0]))
+    kind = operator.attributes.get("approximate", "none")
+    if kind not in _GELU:
+        raise LayoutError(f"approximate {kind!r}; {', '.join(_GELU)} are known")
+    return mapped(converter, _GELU[kind], as_value(given[0]))
 
 
 def _swish(converter: Converter, operator: Operator, given: Sequence[Any]) -> Result:

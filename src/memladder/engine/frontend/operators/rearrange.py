@@ -140,6 +140,13 @@ def _same(converter: Converter, operator: Operator, given: Sequence[Any]) -> Res
     return found
 
 
+def _dropout(converter: Converter, operator: Operator, given: Sequence[Any]) -> Result:
+    if len(given) > 2 and given[2] is not None and as_array(operator, given, 2).data.any():
+        raise LayoutError("a dropout that trains")
+    found: Result = given[0]
+    return found
+
+
 def _cast(converter: Converter, operator: Operator, given: Sequence[Any]) -> Result:
     from onnx import TensorProto
 
@@ -164,6 +171,6 @@ TABLE: Mapping[str, Rule] = {
     "Split": _split,
     "Concat": _concat,
     "Identity": _same,
-    "Dropout": _same,
+    "Dropout": _dropout,
     "Cast": _cast,
 }

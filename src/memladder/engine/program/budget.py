@@ -1,9 +1,12 @@
-"""The least memory that a layer can run in, from its shapes alone: what the engine aims at.
+"""The memory that a layer is given to run in, from its shapes alone: what the engine aims at.
 
 Weights in their format, norms and biases in float16; and the larger of what two moments need: the
 hidden states, all keys and values, and three buffers of a chunk (norm, queries, attention's
 output), or the hidden states, a chunk's norm and its MLP's inner activations. float16 throughout;
 a chunk is 512 tokens; the output overwrites the input. No process, no library, no page is counted.
+
+It is a budget and not the least: where attention's output takes the place of its queries, as in
+BLOOM's layer, a layer runs in a buffer less.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ _ITEM = 2
 
 
 @dataclass(frozen=True)
-class Floor:
+class Budget:
     """Bytes."""
 
     weights: int
@@ -43,14 +46,14 @@ class Floor:
         return self.nbytes * 105 // 100 + 64 * MIB
 
 
-def floor(config: LayerConfig, shape: Workload, kind: Format) -> Floor:
-    """The floor of a layer at a shape with weights in a format."""
+def budget(config: LayerConfig, shape: Workload, kind: Format) -> Budget:
+    """The budget of a layer at a shape with weights in a format."""
     hidden, width = hidden_size(config), widths(config)
     chunk = min(_CHUNK, shape.tokens)
     attention = 2 * width.keys * shape.tokens + chunk * (hidden + 2 * width.queries)
     mlp = chunk * (hidden + width.inner)
     activations = _ITEM * (hidden * shape.tokens + max(attention, mlp))
-    return Floor(_weight_bytes(config, kind), activations)
+    return Budget(_weight_bytes(config, kind), activations)
 
 
 def _weight_bytes(config: LayerConfig, kind: Format) -> int:

@@ -1,0 +1,87 @@
+"""ladder and welder: the packed weights, the plan of the arena in closed form, and the driver.
+
+Checked against the 42 records of an H100: to the 2 MiB of the driver's pages but for four cells of
+8-bit activations, which load up to 6 MiB more of kernels.
+"""
+
+from __future__ import annotations
+
+from memladder.core.ledger import Entry, Known
+from memladder.core.units import MIB
+from memladder.frameworks._rules import caches, stored
+from memladder.frameworks._rules.question import Answer, Question, UnpredictableError
+
+VERSION = "0.1"
+# Without stacks (`driver.lean_context`), and all of the engine's kernels.
+_CONTEXT = 254 * MIB
+_MODULES = 4 * MIB
+_PAGE = 2 * MIB
+_CHUNK = 512
+# Parts of sums, where few rows are multiplied on Hopper (`kernels/cuda/skinny.py`).
+_WORKSPACE = 8 * MIB
+_FEW_ROWS = range(2, 65)
+_HOPPER = (9, 0)
+
+
+def predict(question: Question, scheme: stored.Scheme, activation: str) -> Answer:
+    """Weights in one block, the arena in another. Raises UnpredictableError."""
+    if question.ranks > 1:
+        raise UnpredictableError("ladder runs on one GPU")
+    for group in question.groups():
+        if group.layer.experts or group.layer.kind not in ("full", "window"):
+            raise UnpredictableError("ladder compiles no experts and no recurrent layers yet")
+        if group.layer.cache.latent:
+            raise UnpredictableError("ladder compiles no latent attention yet")
+    held = stored.stored(question, stored.everywhere(scheme), pad_vocabulary=False)
+    arena = _arena(question, activation)
+    hopper = (question.device.capability or _HOPPER) >= _HOPPER
+    workspace = _WORKSPACE if hopper and question.tokens in _FEW_ROWS else 0
+    weights = held.weights + held.scales
+    notes, spread = [], 4 * MIB
+    cache = around = 0
+    if question.past:
+        cache = question.batch_size * caches.sequence_bytes(question, question.length)
+        notes.append("layers with a past were not measured yet")
+        spread += 16 * MIB
+    if question.whole:
+        around = held.around
+        logits = 4 * question.batch_size * question.model.vocabulary
+        arena += logits
+        notes.append("whole models were not measured yet")
+        spread += 32 * MIB
+    blocks = [weights + around, arena + workspace, cache]
+    slack = sum(-size % _PAGE for size in blocks)
+    if question.device.is_cpu:
+        raise UnpredictableError("no rules for ladder's memory on a CPU")
+    entries = (
+        Entry("context", _CONTEXT, Known.ASSUMED, "without stacks"),
+        Entry("modules", _MODULES, Known.ASSUMED),
+        Entry("weights", held.weights, Known.DERIVED),
+        Entry("scales", held.scales, Known.DERIVED),
+        Entry("embeddings", around, Known.DERIVED),
+        Entry("kv_cache", cache, Known.DERIVED),
+        Entry("activations", arena, Known.DERIVED, "the arena, inputs and outputs in it"),
+        Entry("workspace", workspace, Known.DERIVED),
+        Entry("driver_step", slack, Known.DERIVED, "blocks end in pages of 2 MiB"),
+    )
+    return Answer(entries, 0.005, spread, tuple(notes), VERSION)
+
+
+def _arena(question: Question, activation: str) -> int:
+    """Hidden states of all tokens; with them keys and values of all and a chunk's queries and
+    output, or a chunk's norm and its MLP's inner activations (in 8 bits beside 16 where activations
+    are quantised, the norm then in place)."""
+    rows, chunk = question.tokens, min(_CHUNK, question.tokens)
+    hidden = question.model.hidden_size
+    best = 0
+    for group in question.groups():
+        layer, cache = group.layer, group.layer.cache
+        queries = layer.heads * layer.head_size
+        keys = cache.kv_heads * (cache.key_size + cache.value_size)
+        quantised = activation != "fp16"
+        attention = 2 * rows * keys + 2 * chunk * queries
+        attention += chunk * queries if quantised else 2 * chunk * queries
+        norm = 0 if quantised else 2 * hidden
+        mlp = chunk * (2 * layer.inner + (layer.inner if quantised else 0) + norm)
+        best = max(best, attention, mlp)
+    return 2 * rows * hidden + best
