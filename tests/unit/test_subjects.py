@@ -51,7 +51,7 @@ def test_what_is_left_out_is_told(tmp_path: Path, cache_dir: Path) -> None:
     values = {**models.definition("llama").VALUES, "quantization_config": {"bits": 4}}
     llama.write_text(json.dumps(values))
     (one,) = subjects.subjects(("llama",), cache_dir, config=llama).values()
-    assert "quantised (unnamed)" in str(one.note)
+    assert "quantised (None)" in str(one.note)
 
 
 def test_a_past_beyond_the_positions_is_told(tmp_path: Path, cache_dir: Path) -> None:

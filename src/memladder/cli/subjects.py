@@ -78,8 +78,8 @@ def _subject(
 def _light(name: str, path: Path | None) -> Subject:
     """A layer of one of our families, for which nobody need be asked."""
     found: LayerConfig = models.layer_config(name, path)
-    method = models.quantization(models.load_json(path)) if path is not None else None
-    return Subject(found, None, None if method is None else _unquantised(method))
+    quantised = models.quantization(models.load_json(path)) if path is not None else None
+    return Subject(found, None, None if quantised is None else _unquantised(quantised[1]))
 
 
 def _note(model: ModelConfig) -> str | None:

@@ -127,23 +127,10 @@ def layer_config(model: str, path: Path | None = None) -> LayerConfig:
             f"{path}: model_type is {found[:40]!r} where {model!r} was asked for; "
             f"known: {', '.join(names())}"
         )
-    _refuse_quantised(path, raw)
     try:
         return LayerConfig(model, module.read(raw))
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
-
-
-def _refuse_quantised(path: Path, raw: Mapping[str, Any]) -> None:
-    """Raise ConfigError for a model whose weights are in a number format already."""
-    for key in ("quantization_config", "compression_config"):
-        given = raw.get(key)
-        if given:
-            method = given.get("quant_method") if isinstance(given, dict) else None
-            raise ConfigError(
-                f"{path}: {key} says that the weights are quantised already, by "
-                f"{str(method)[:40]!r}; wanted: a model in float16, bfloat16 or float32"
-            )
 
 
 def narrow_config(model: str) -> LayerConfig:
@@ -205,13 +192,15 @@ def parameters(config: LayerConfig) -> int:
     return count_elements(tensor_shapes(config))
 
 
-def quantization(raw: Mapping[str, Any]) -> str | None:
-    """The method by which a `config.json`'s checkpoint was quantised; None where it was not."""
-    given = raw.get("quantization_config")
-    if given is None:
-        return None
-    method = given.get("quant_method") if isinstance(given, Mapping) else None
-    return method[:40] if isinstance(method, str) else "unnamed"
+def quantization(raw: Mapping[str, Any]) -> tuple[str, str] | None:
+    """Where a `config.json` says that its checkpoint is quantised, and by which method; None where
+    it says nothing of it."""
+    for key in ("quantization_config", "compression_config"):
+        given = raw.get(key)
+        if given:
+            method = given.get("quant_method") if isinstance(given, Mapping) else None
+            return key, str(method)[:40]
+    return None
 
 
 def load_json(path: Path) -> dict[str, Any]:

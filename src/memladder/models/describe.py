@@ -52,6 +52,7 @@ def describe(raw: Mapping[str, Any]) -> ModelConfig:
     head = decoder.model.get_output_embeddings()
     config = decoder.config
     positions = getattr(config, "max_position_embeddings", None)
+    quantised = models.quantization(raw)
     return ModelConfig(
         family=family,
         class_name=type(decoder.model).__name__,
@@ -62,7 +63,7 @@ def describe(raw: Mapping[str, Any]) -> ModelConfig:
         max_positions=positions if isinstance(positions, int) else None,
         layers=groups,
         around={name: tuple(value.shape) for name, value in decoder.around().items()},
-        quantization=models.quantization(raw),
+        quantization=None if quantised is None else quantised[1],
         note=note,
     )
 
