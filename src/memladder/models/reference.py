@@ -10,7 +10,7 @@ import torch
 
 from memladder.core.case import Workload
 from memladder.models import LayerConfig, layer
-from memladder.models.weights import sequence_states
+from memladder.models.weights import hidden_states, sequence_states
 
 
 def output(
@@ -38,6 +38,12 @@ def error(found: np.ndarray, expected: np.ndarray) -> float:
     """‖found − expected‖ / ‖expected‖, in float64; NaN if either holds one."""
     difference = found.astype(np.float64) - expected
     return float(np.linalg.norm(difference) / np.linalg.norm(expected.astype(np.float64)))
+
+
+def absent(config: LayerConfig, shape: Workload, seed: int, expected: np.ndarray) -> float:
+    """The error of no layer at all, which leaves the hidden states as they are: what loses as much
+    has nothing of the layer's weights. `expected` is the layer's `output`."""
+    return error(hidden_states(config, shape, seed).astype(np.float32), expected)
 
 
 def of_whole_sequences(

@@ -47,6 +47,8 @@ if TYPE_CHECKING:
 
 # A pass that takes so long is not repeated: the first run is the steady phase (`Story.spans`).
 _LONG_PASS_S = 15.0
+# Of what no layer at all would lose: weights of which that much is lost are others.
+_ALONE = 0.98
 # A framework may err a little more than the layer does uncompiled in the same dtype, not much more.
 _OWN_ROUNDINGS = 1.25
 # So few tokens in, positions are small, and the bound holds for every layer: a wrong mask shows.
@@ -149,6 +151,7 @@ def _measure(order: Order, channel: Channel) -> None:
         # What the first run left for the collector is no part of the steady state.
         gc.collect()
         phases.start("steady")
+        session.begin_steady()
         passes = _loop(session, channel, phases, order.steady_s)
     else:
         channel.hold()
@@ -257,13 +260,22 @@ def _compared(framework: Framework, job: Job, session: Session) -> Checked:
     # What each layer rounds adds up as noise does.
     bound = framework.tolerance(job.case.device) * math.sqrt(job.layer_count + job.case.whole)
     length = output.shape[1]
+    most_lost = None
+    if own is not None:
+        # Of a whole model the worst is to say nothing.
+        nothing = 1.0
+        if job.model is None:
+            nothing = reference.absent(job.config, job.case.shape, job.seed, true)
+        explained = framework.quantisation_tolerance(job)
+        most_lost = _ALONE * nothing
+        most_lost = most_lost if explained is None else min(most_lost, explained)
 
     def check(tokens: int, tolerance: float) -> Check:
         found = output[:, :tokens]
         error = reference.error(found, expected[:, :tokens])
         lost = None if own is None else reference.error(found, true[:, :tokens])
-        case = job.case
-        return Check(case.model, case.shape, tokens, error, tolerance, lost, job.layer_count)
+        case, layers = job.case, job.layer_count
+        return Check(case.model, case.shape, tokens, error, tolerance, lost, most_lost, layers)
 
     whole = check(length, bound)
     dtype = settings.get("dtype")
