@@ -252,10 +252,7 @@ class InductorSession(Session):
 
     def allocated(self) -> Mapping[str, int]:
         """What CUDA's caching allocator hands out and holds."""
-        found = {}
-        if self._device.type == "cuda":
-            found |= self._readings.categories()
-        return found
+        return self._readings.categories() if self._device.type == "cuda" else {}
 
     def begin_steady(self) -> None:
         """On CUDA the allocator's peaks begin anew."""
