@@ -15,8 +15,8 @@ import torch
 from memladder import frameworks, models
 from memladder.core.case import ALL, Case, Workload
 from memladder.core.errors import UnavailableError
-from memladder.frameworks.base import Job
-from memladder.frameworks.torch_whole import source
+from memladder.frameworks._shared.base import Job
+from memladder.frameworks._shared.torch_whole import source
 from memladder.models import ModelConfig, describe, reference, weights, whole
 from tests.hf_layers import LAYERS
 from tests.layers import started

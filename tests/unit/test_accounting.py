@@ -10,7 +10,7 @@ from memladder.core.errors import RecordError
 from memladder.core.ledger import Known
 from memladder.core.record import Record
 from memladder.core.units import MIB
-from memladder.frameworks.torch_common import AllocatorReadings
+from memladder.frameworks._shared.torch_common import AllocatorReadings
 from memladder.predictor import evidence
 from memladder.sweeps import store
 

@@ -11,7 +11,7 @@ from memladder import models
 from memladder.core.case import Case, Workload
 from memladder.core.errors import WorkerError
 from memladder.core.record import Record, Verification
-from memladder.frameworks.base import Availability, Framework, Job
+from memladder.frameworks._shared.base import Availability, Framework, Job
 from memladder.meter.outside import runner
 from memladder.sweeps.executors import serial
 from memladder.sweeps.store import Store

@@ -27,7 +27,7 @@ from memladder.core.errors import UnavailableError, UsageError
 from memladder.core.files import writable_folder, write_atomic
 from memladder.core.record import Check, Record, Status, Verification
 from memladder.core.units import format_bytes, mib
-from memladder.frameworks.base import Job
+from memladder.frameworks._shared.base import Job
 from memladder.meter import environment
 from memladder.meter.outside import runner
 from memladder.models import Subject

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from memladder.core.case import Case
 from memladder.core.files import own_folder
-from memladder.frameworks.base import Availability, Framework, Job, Session, Setting
-from memladder.frameworks.torch_common import (
+from memladder.frameworks._shared.base import Availability, Framework, Job, Session, Setting
+from memladder.frameworks._shared.torch_common import (
     TORCH_VARIABLES,
     AllocatorReadings,
     cuda_build,
@@ -63,7 +63,7 @@ class PyTorch(Framework):
     def prepare(self, job: Job) -> None:
         """Weights, and the past."""
         if job.model is not None:
-            from memladder.frameworks.torch_whole import source
+            from memladder.frameworks._shared.torch_whole import source
 
             source(job).prepare(job.case.shape)
             return
@@ -93,7 +93,7 @@ class PyTorch(Framework):
     def session(self, job: Job, announce: Callable[[str], None]) -> Session:
         """Import torch and the layer's module."""
         if job.model is not None:
-            from memladder.frameworks.torch_whole import WholeSession
+            from memladder.frameworks._shared.torch_whole import WholeSession
 
             return WholeSession(job, announce)
         return InductorSession(job, announce)

@@ -18,7 +18,7 @@ from memladder.core.plan import CompilerPlan
 from memladder.core.record import Check, StructureCheck
 from memladder.core.serial import StrEnum
 from memladder.core.text import clean, cleaned
-from memladder.frameworks.base import Job, Setting
+from memladder.frameworks._shared.base import Job, Setting
 from memladder.models import LayerConfig, ModelConfig
 
 GO_ON = b"go on\n"

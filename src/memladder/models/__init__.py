@@ -1,7 +1,7 @@
-"""The layers that are measured. One file a model; the file's name is its key.
+"""The layers that are measured. One file a model in `families/`; the file's name is its key.
 
 A layer is described by a Hugging Face configuration, read from a local file or from the model's
-file here; nothing is downloaded and no code of a checkpoint runs. This module and the models'
+own; nothing is downloaded and no code of a checkpoint runs. This module and the models'
 files stay light: torch and transformers are imported when a layer is built.
 
 A model's file defines `TITLE`, `VALUES` and `NARROW` (configurations), `read` (a `config.json` to
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import pkgutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,8 @@ from types import ModuleType
 from typing import Any
 
 from memladder.core.errors import ConfigError, UnavailableError, UsageError
+from memladder.core.folders import entries
+from memladder.models import families
 from memladder.models.config import (
     CacheGeometry,
     LayerConfig,
@@ -57,26 +58,6 @@ __all__ = [
     "widths",
 ]
 
-_NOT_MODELS = {
-    "architecture",
-    "cache",
-    "capture",
-    "catalogue",
-    "config",
-    "describe",
-    "ends",
-    "fields",
-    "gguf_export",
-    "gguf_import",
-    "layer",
-    "norms",
-    "onnx_export",
-    "onnx_rules",
-    "past",
-    "reference",
-    "weights",
-    "whole",
-}
 FIXED_ROPE_TYPES = ("default", "linear", "llama3")
 _MAX_CONFIG_BYTES = 16 << 20
 
@@ -94,8 +75,7 @@ class Widths:
 
 def names() -> tuple[str, ...]:
     """Keys of all models, sorted."""
-    found = (module.name for module in pkgutil.iter_modules(__path__))
-    return tuple(sorted(set(found) - _NOT_MODELS))
+    return entries(families.__path__)
 
 
 def title(model: str) -> str:
@@ -107,7 +87,7 @@ def definition(model: str) -> ModuleType:
     """The file of that model. Raises UsageError for an unknown one."""
     if model not in names():
         raise UsageError(f"unknown model {model!r}; known: {', '.join(names())}")
-    return importlib.import_module(f"{__name__}.{model}")
+    return importlib.import_module(f"{families.__name__}.{model}")
 
 
 def layer_config(model: str, path: Path | None = None) -> LayerConfig:

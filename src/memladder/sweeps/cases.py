@@ -9,7 +9,7 @@ from memladder.core.case import Case, Workload
 from memladder.core.errors import UsageError
 from memladder.core.record import Status
 from memladder.environments import ask
-from memladder.frameworks.base import Availability
+from memladder.frameworks._shared.base import Availability
 
 
 def availability(framework: str, device: str) -> Availability:

@@ -21,7 +21,7 @@ from memladder import frameworks
 from memladder.core.errors import MemladderError, UnavailableError
 from memladder.core.record import PHASES, Check, StructureCheck, weights_fit
 from memladder.core.units import format_bytes
-from memladder.frameworks.base import Framework, Job, OutOfMemoryError, Session, Structure
+from memladder.frameworks._shared.base import Framework, Job, OutOfMemoryError, Session, Structure
 from memladder.meter.protocol import (
     AGAIN,
     GO_ON,

@@ -24,7 +24,7 @@ from memladder.core.record import (
 )
 from memladder.core.units import MIB, format_bytes
 from memladder.environments import ask
-from memladder.frameworks.base import Availability, Framework, Job, Setting
+from memladder.frameworks._shared.base import Availability, Framework, Job, Setting
 from memladder.meter import environment
 from memladder.meter.outside.log import Log
 from memladder.meter.outside.patience import watched

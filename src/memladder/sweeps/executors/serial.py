@@ -12,7 +12,7 @@ from memladder import frameworks
 from memladder.core.case import Case
 from memladder.core.errors import MemladderError
 from memladder.core.record import Record, Status, Verification
-from memladder.frameworks.base import Job
+from memladder.frameworks._shared.base import Job
 from memladder.meter import environment
 from memladder.meter.outside import runner
 from memladder.models import Subject

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from memladder.frameworks.base import Job, Setting
+from memladder.frameworks._shared.base import Job, Setting
+from memladder.frameworks._shared.torch_common import memory_errors
 from memladder.frameworks.pytorch import InductorSession
-from memladder.frameworks.torch_common import memory_errors
 from memladder.models import capture, whole
 from memladder.models.whole import Source, Whole
 
