@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from memladder import frameworks
+from memladder import frameworks, models
 from memladder.core.case import Case, Workload
 from memladder.core.errors import UsageError
 from memladder.core.record import Status
 from memladder.environments import ask
 from memladder.frameworks._shared.base import Availability
+from memladder.models import catalogue
 
 
 def availability(framework: str, device: str) -> Availability:
@@ -18,8 +19,12 @@ def availability(framework: str, device: str) -> Availability:
 
 
 def parse_models(text: str) -> tuple[str, ...]:
-    """Comma-separated models, by name or by path; who reads them knows which are none."""
-    return tuple(dict.fromkeys(_parts("model", text)))
+    """Comma-separated models: names, or paths to a `config.json`. Raises UsageError."""
+    found = tuple(dict.fromkeys(_parts("model", text)))
+    for one in found:
+        if one not in models.names():
+            catalogue.config_path(one)
+    return found
 
 
 def parse_frameworks(text: str, first: Iterable[str] = ()) -> tuple[str, ...]:
