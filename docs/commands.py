@@ -60,7 +60,7 @@ def _row(one: Any) -> str:
         name, value = f"`{one.metavar}`", ""
     else:
         name = ", ".join(f"`{text}`" for text in one.opts)
-        value = "" if one.is_flag else f"`{one.metavar or one.type.name.upper()}`"
+        value = "" if one.is_flag else f"`{one.metavar or 'VALUE'}`"
     default = "required" if one.required else _default(one.default)
     cells = (name, value, default, one.help or "")
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"

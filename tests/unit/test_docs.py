@@ -28,7 +28,7 @@ PAGES = {
     str(path.relative_to(DOCS)): path
     for folder in ("tutorial", "guides")
     for path in sorted((DOCS / folder).glob("*.md"))
-}
+} | {"reference/python.md": DOCS / "reference/python.md"}
 # SmolLM2-135M's widths, but for the MLP's.
 NARROW = {
     "hidden_size": 576, "intermediate_size": 96, "num_attention_heads": 9, "head_dim": 64,
