@@ -58,8 +58,9 @@ def writing(folder: Path) -> Iterator[None]:
     from filelock import FileLock
 
     try:
-        for one in (folder.parent, folder):
-            one.mkdir(mode=0o755, parents=True, exist_ok=True)
+        if not folder.parent.exists():
+            folder.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+        folder.mkdir(mode=0o755, exist_ok=True)
         require_ours(folder)
         lock = FileLock(folder / ".lock")
         lock.acquire()
