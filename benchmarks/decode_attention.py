@@ -148,7 +148,7 @@ def appending(caches: Caches) -> float:
 
 def swept(caches: Caches) -> tuple[float, str]:
     """The fastest cut and number of parts."""
-    key = next(key for key in tuning.asked() if key.startswith("cached_attention 16 parts"))
+    key = next(key for key in tuning.asked() if key.startswith("cached_attention 16 rows"))
     found = []
     for cut in tuning.asked()[key]:
         tuning.prefer({key: cut})
@@ -160,7 +160,7 @@ def swept(caches: Caches) -> tuple[float, str]:
 def report(case: Case, copy: float, sweep: bool) -> bool:
     """A line of the table; whether the case agrees with its twin."""
     caches = Caches(case)
-    parts = case.shape.parts(case.batch, caches.kv_heads, None)
+    parts = case.shape.parts(case.batch, 1, caches.heads, caches.kv_heads, None)
     error = wrong(caches, parts)
     took, append = seconds(caches, parts), appending(caches)
     least = case.nbytes / copy

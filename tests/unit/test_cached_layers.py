@@ -284,3 +284,20 @@ def test_scalars_are_not_written() -> None:
     wrong = Step("advance", {}, {"positions": Rows("positions", 0, 1)})
     with pytest.raises(ValueError, match="advance: writes the scalar positions"):
         replace(program, steps=(*program.steps, wrong))
+
+
+@pytest.mark.parametrize(
+    ("sequences", "rows", "heads", "kv_heads", "parts"),
+    [
+        # LLaMA-2-70B: 256 programs at batch 1; four parts at least where lengths may differ.
+        *((1, 1, 64, 8, 32), (4, 1, 64, 8, 8), (32, 1, 64, 8, 4), (1, 16, 64, 8, 16)),
+        *((32, 16, 64, 8, 1), (1, 17, 64, 8, 1)),
+        # BLOOM-176B, and one head of keys.
+        *((1, 1, 112, 112, 4), (1, 2, 112, 112, 2), (1, 1, 71, 1, 32)),
+    ],
+)
+def test_parts_of_a_past(sequences: int, rows: int, heads: int, kv_heads: int, parts: int) -> None:
+    cache = CacheShape(32, 4096, 512)
+    assert cache.parts(sequences, rows, heads, kv_heads, None) == parts
+    # None is shorter than 64 tokens.
+    assert replace(cache, context=512).parts(sequences, rows, heads, kv_heads, None) <= 8

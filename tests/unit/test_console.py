@@ -108,6 +108,13 @@ def test_texts_are_folded_and_numbers_are_not() -> None:
     assert "several words that are folded" not in file.getvalue()
 
 
+def test_a_long_name_makes_no_endless_line() -> None:
+    record = replace(examples.record(), settings={"x" * 60_000: 1})
+    file = io.StringIO()
+    show.print_record(record, Console(file=file, width=80, color_system=None))
+    assert max(map(len, file.getvalue().splitlines())) <= 160
+
+
 def test_versions_are_whole_at_eighty_columns(log: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "memladder", "frameworks", "--device", "cpu"],

@@ -5,6 +5,7 @@ stdout carries results only; progress, warnings and hints go to stderr.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ from memladder.cli.terminal import telling
 from memladder.core.case import Case, Workload
 from memladder.core.errors import UnavailableError, UsageError
 from memladder.core.files import writable_folder, write_atomic
-from memladder.core.record import Record, Status, Verification
+from memladder.core.record import Check, Record, Status, Verification
 from memladder.core.units import format_bytes, mib
 from memladder.frameworks.base import Job
 from memladder.meter import environment
@@ -348,6 +349,7 @@ def verify(request: Request) -> int:
             kept.save(verification)
             agree = agree and verification.agrees
             for check in verification.checks:
+                _tell_reason(name, check, console)
                 table.add_row(
                     name,
                     check.model,
@@ -366,6 +368,18 @@ def verify(request: Request) -> int:
         if one.row_count:
             printing.print_table(plain_console(), one)
     return 0 if agree else 1
+
+
+def _tell_reason(name: str, check: Check, console: Console) -> None:
+    """What the table can't say of a check that does not agree."""
+    where = f"{name}, {check.model} {check.shape}"
+    if math.isnan(check.error):
+        console.print(f"{where}: the output holds NaN or infinity: values beyond its dtype")
+    elif not check.keeps_the_layer:
+        console.print(
+            f"{where}: {check.quantisation_error:.2e} is lost of the true layer, where its number "
+            f"format explains {check.quantisation_tolerance:.1e}: its weights are others"
+        )
 
 
 def tune(request: Request) -> int:

@@ -275,7 +275,8 @@ class Check:
 
     `tokens` counts the leading tokens of each sequence that were compared. Where the weights are
     quantised, `ref` has the same quantised weights, and `quantisation_error` is the error against
-    the true layer.
+    the true layer, which is bounded too where the format's theory tells what it may lose: weights
+    that are others altogether would agree with themselves.
     """
 
     model: str
@@ -284,6 +285,7 @@ class Check:
     error: AnyFloat
     tolerance: float
     quantisation_error: AnyFloat | None = None
+    quantisation_tolerance: AnyFloat | None = None
 
     def __post_init__(self) -> None:
         _refuse_negative(f"the check of {self.model}", self)
@@ -297,7 +299,15 @@ class Check:
     @property
     def agrees(self) -> bool:
         """NaN never agrees."""
-        return self.error <= self.tolerance
+        return self.error <= self.tolerance and self.keeps_the_layer
+
+    @property
+    def keeps_the_layer(self) -> bool:
+        """Whether quantising lost no more than its format explains, as far as that is known."""
+        if self.quantisation_tolerance is None:
+            return True
+        lost = self.quantisation_error
+        return lost is not None and lost <= self.quantisation_tolerance
 
 
 @dataclass(frozen=True)

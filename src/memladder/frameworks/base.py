@@ -111,6 +111,9 @@ class Session(ABC):
     def run(self) -> None:
         """One forward pass; returns when the device has finished it."""
 
+    def begin_steady(self) -> None:
+        """The steady phase begins: peaks that are kept from now on are its own."""
+
     @abstractmethod
     def output(self) -> np.ndarray:
         """The last pass's output as float32 [batch_size, seq_len, hidden_size], on the host.
@@ -170,6 +173,11 @@ class Framework(ABC):
         Quantised weights make another layer: it is compared with an fp32 layer of these weights,
         float32 [batch_size, seq_len, hidden_size], and what was lost is told apart from that.
         """
+        return None
+
+    def quantisation_tolerance(self, job: Job) -> float | None:
+        """Largest ‖y − ref‖ / ‖ref‖ against the true layer in fp32 that the row's number format
+        explains; None where that is not known. A row beyond it computes another layer."""
         return None
 
     def weight_bytes(self, job: Job) -> int:

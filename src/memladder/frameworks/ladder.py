@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import importlib.util
+import math
 import os
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
@@ -25,13 +26,14 @@ from memladder.frameworks.torch_common import (
     installed,
     memory_errors,
 )
-from memladder.models.weights import fill_hidden_states
+from memladder.models.weights import fill_hidden_states, hidden_states
 
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
     from memladder.engine.packed.packed_layer import PackedLayer
+    from memladder.engine.packed.packing import Rows
     from memladder.formats.base import Format
     from memladder.frameworks._rules.question import Answer, Question
 
@@ -50,6 +52,11 @@ _LEAST_FP8 = (8, 9)
 # ‖y − ref‖ / ‖ref‖ on CUDA where activations are quantised: rounding to 8 bits is a step function,
 # and sums in another order move some values over a step.
 _STEPS = 1e-2
+# A layer's output has lost 0.7 to 1.4 times what its weights and activations have, of all of its
+# formats, models and shapes. Wrong weights lose 1.1 times the output itself: the residual stays.
+_PROPAGATED = 1.6
+# Tokens of which it is told what quantising them loses.
+_SAMPLE = 512
 
 
 class Ladder(Framework):
@@ -138,6 +145,34 @@ class Ladder(Framework):
         from memladder.frameworks._rules import ladder, stored
 
         return ladder.predict(question, stored.SCHEMES[self.weight], self.activation)
+
+    def quantisation_tolerance(self, job: Job) -> float:
+        """What quantising these weights and hidden states loses by itself, `_PROPAGATED` times, and
+        the plain bound. In fp16 nothing is lost."""
+        from memladder.engine.compile import layers
+        from memladder.engine.packed import packing
+
+        weight = packing.weight_loss(
+            layers.ensure(job.config, job.cache_dir), formats.get(self.weight), self._source(job)
+        )
+        given = packing.loss(formats.get(self.activation), self._states(job))
+        return self.tolerance(job.case.device) + _PROPAGATED * math.hypot(weight, given)
+
+    @staticmethod
+    def _source(job: Job) -> Rows:
+        """Rows of the true weights: not of the packed file, which is to be judged."""
+        from memladder.engine.packed import packing
+        from memladder.models import weights
+
+        path = weights.ensure(job.config, job.cache_dir, job.seed)
+        return packing.reader(lambda name: (path, name))
+
+    @staticmethod
+    def _states(job: Job) -> Tensor:
+        import torch
+
+        states = torch.from_numpy(hidden_states(job.config, job.case.shape, job.seed))
+        return states.reshape(-1, states.shape[-1])[:_SAMPLE]
 
     def tolerance(self, device: str) -> float:
         """Four unit roundoffs of float16 (2^-11), in which activations are kept between steps.

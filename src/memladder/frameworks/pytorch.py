@@ -15,7 +15,12 @@ from typing import TYPE_CHECKING, Any
 from memladder.core.case import Case
 from memladder.core.files import own_folder
 from memladder.frameworks.base import Availability, Framework, Job, Session, Setting
-from memladder.frameworks.torch_common import TORCH_VARIABLES, cuda_build, memory_errors
+from memladder.frameworks.torch_common import (
+    TORCH_VARIABLES,
+    AllocatorReadings,
+    cuda_build,
+    memory_errors,
+)
 from memladder.models import weights
 
 if TYPE_CHECKING:
@@ -118,6 +123,7 @@ class InductorSession(Session):
         self._load = layer.load
         self._device = torch.device(job.case.device)
         self._dtype, self._dtype_reason = self.dtype()
+        self._readings = AllocatorReadings()
 
     def dtype(self) -> tuple[torch.dtype, str]:
         """What the layer computes in, and why."""
@@ -207,11 +213,13 @@ class InductorSession(Session):
             "buffers": sum(tensor.nbytes for tensor in self._layer.buffers(recurse=False)),
         }
         if self._device.type == "cuda":
-            stats = self._torch.cuda.memory_stats(self._device)
-            for name in ("allocated", "reserved"):
-                found[f"allocator_{name}"] = stats[f"{name}_bytes.all.current"]
-                found[f"allocator_{name}_peak"] = stats[f"{name}_bytes.all.peak"]
+            found |= self._readings.categories()
         return found
+
+    def begin_steady(self) -> None:
+        """On CUDA the allocator's peaks begin anew."""
+        if self._device.type == "cuda":
+            self._readings.begin_steady()
 
     def held(self) -> Mapping[str, int]:
         """Bytes of the parameters, as `weights`."""

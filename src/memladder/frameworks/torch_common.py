@@ -69,3 +69,36 @@ def installed(name: str) -> bool:
     except ModuleNotFoundError:
         # The package around it is missing.
         return False
+
+
+class AllocatorReadings:
+    """What CUDA's caching allocator says of itself; its peak while steady apart from the rest's."""
+
+    def __init__(self) -> None:
+        self._before: dict[str, int] | None = None
+
+    def begin_steady(self) -> None:
+        """Keep the peaks so far, and let new ones begin."""
+        import torch
+
+        stats = torch.cuda.memory_stats()
+        self._before = {name: stats[f"{name}_bytes.all.peak"] for name in ("allocated", "reserved")}
+        torch.cuda.reset_peak_memory_stats()
+
+    def categories(self) -> dict[str, int]:
+        """Bytes by the names that records have. `allocator_steady_peak` is the highest in use since
+        `begin_steady`; requested and inactive are what rounding and splitting cost."""
+        import torch
+
+        stats = torch.cuda.memory_stats()
+        found = {
+            "allocator_requested": stats.get("requested_bytes.all.current", 0),
+            "allocator_inactive": stats.get("inactive_split_bytes.all.current", 0),
+        }
+        for name in ("allocated", "reserved"):
+            peak = stats[f"{name}_bytes.all.peak"]
+            found[f"allocator_{name}"] = stats[f"{name}_bytes.all.current"]
+            found[f"allocator_{name}_peak"] = max(peak, (self._before or {}).get(name, 0))
+        if self._before is not None:
+            found["allocator_steady_peak"] = stats["allocated_bytes.all.peak"]
+        return found

@@ -30,7 +30,12 @@ from memladder.frameworks.base import (
     Structure,
     packed_bytes,
 )
-from memladder.frameworks.torch_common import TORCH_VARIABLES, cuda_build, memory_errors
+from memladder.frameworks.torch_common import (
+    TORCH_VARIABLES,
+    AllocatorReadings,
+    cuda_build,
+    memory_errors,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -139,6 +144,7 @@ class _Session(Session):
         from vllm.distributed import parallel_state
 
         self._torch, self._vllm = torch, vllm
+        self._readings = AllocatorReadings()
         self._variant = variant
         self._arguments = vllm_engine.engine_arguments(job.config, variant.weight, job.case.shape)
         if torch.distributed.is_initialized():
@@ -214,17 +220,17 @@ class _Session(Session):
         """The layer's parameters, the model's others, the KV cache, the allocator's numbers."""
         weights = sum(one.nbytes for layer in self._layers() for one in layer.parameters())
         every = sum(one.nbytes for one in self._model().parameters())
-        stats = self._torch.cuda.memory_stats()
-        found = {
+        return {
             "weights": weights,
             "embeddings": every - weights,
             "buffers": sum(one.nbytes for one in self._model().buffers()),
             "kv_cache": self._arguments["kv_cache_memory_bytes"],
+            **self._readings.categories(),
         }
-        for name in ("allocated", "reserved"):
-            found[f"allocator_{name}"] = stats[f"{name}_bytes.all.current"]
-            found[f"allocator_{name}_peak"] = stats[f"{name}_bytes.all.peak"]
-        return found
+
+    def begin_steady(self) -> None:
+        """The allocator's peaks begin anew."""
+        self._readings.begin_steady()
 
     def _model(self) -> nn.Module:
         model: nn.Module

@@ -23,6 +23,12 @@ def error(found: np.ndarray, expected: np.ndarray) -> float:
     return float(np.linalg.norm(difference) / np.linalg.norm(expected.astype(np.float64)))
 
 
+def absent(config: LayerConfig, shape: Workload, seed: int, expected: np.ndarray) -> float:
+    """The error of no layer at all, which leaves the hidden states as they are: what loses as much
+    has nothing of the layer's weights. `expected` is the layer's `output`."""
+    return error(hidden_states(config, shape, seed).astype(np.float32), expected)
+
+
 def rounding(
     config: LayerConfig,
     weights_path: Path,

@@ -11,6 +11,7 @@ from memladder import models
 from memladder.core.errors import ConfigError
 from memladder.core.units import format_bytes
 from memladder.models.architecture import Architecture, reading
+from memladder.models.catalogue import short_name
 from memladder.predictor import headers
 
 _MAX_BYTES = 16 << 20
@@ -37,7 +38,7 @@ def find(named: str) -> Model:
         return Model(named, reading.read(raw))
     path = Path(named)
     file = path / "config.json" if path.is_dir() else path
-    name = file.parent.resolve().name if file.name == "config.json" else file.stem
+    name = short_name(file)
     raw = _raw(file)
     checkpoint = headers.read(file.parent)
     try:

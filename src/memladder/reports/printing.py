@@ -9,6 +9,8 @@ from rich.table import Column, Table
 # What a folded column is given at the least, and what a column has around it.
 _LEAST = 8
 _AROUND = 3
+# No number is longer; a name from a file may be.
+_MOST = 64
 
 
 def add_numbers(table: Table, *headers: str) -> None:
@@ -32,4 +34,4 @@ def _width(column: Column) -> int:
     if not column.no_wrap:
         return _LEAST
     lines = (line for cell in (column.header, *column.cells) for line in str(cell).splitlines())
-    return max(map(cell_len, lines), default=0)
+    return min(max(map(cell_len, lines), default=0), _MOST)

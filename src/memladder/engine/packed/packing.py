@@ -91,6 +91,21 @@ def reader(find: Callable[[str], tuple[Path, str]]) -> Rows:
     return rows
 
 
+def weight_loss(compiled: CompiledLayer, kind: Format, rows: Rows) -> float:
+    """‖w − ŵ‖ / ‖w‖ of the matrix that loses most in the format: of the weights that `rows` reads,
+    and not of a file that was packed of them."""
+    return max(
+        loss(kind, _read(rows, compiled.sources[name], 0, sizes[0]))
+        for name, sizes in compiled.fused.matrices.items()
+    )
+
+
+def loss(kind: Format, values: Tensor) -> float:
+    """‖x − x̂‖ / ‖x‖ of a matrix [rows, columns] in the format."""
+    lost = kind.dequantise(kind.quantise(values)).sub_(values)
+    return math.sqrt(_energy(lost) / _energy(values))
+
+
 def pack(
     compiled: CompiledLayer,
     kind: Format,

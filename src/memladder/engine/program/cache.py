@@ -14,8 +14,8 @@ POSITIONS = "positions"
 
 # A ring's capacity: kernels take so many tokens at a time, which must lie together.
 _TILE = 128
-# Programs of a GPU that are to be there at once, and the shortest part of a past that is worth one.
-_PROGRAMS, _PART = 256, 64
+# Programs of a GPU that are to be there at once, rows of one, and the shortest part of a past.
+_PROGRAMS, _ROWS, _PART = 256, 64, 64
 _MOST_PARTS, _LEAST_PARTS = 32, 4
 FEW = 16
 """New tokens of a sequence: so few leave a GPU idle if one program walks over all of their past."""
@@ -80,8 +80,16 @@ class CacheShape:
         scales = ("key_scales", "value_scales")
         return (*codes, *(Buffer(name, rows, 1, "float32") for name in scales))
 
-    def parts(self, sequences: int, kv_heads: int, window: int | None) -> int:
-        """How many parts the past of few new tokens is divided into, whatever its length."""
-        wanted = _PROGRAMS // (sequences * kv_heads)
-        most = math.ceil(self.capacity(window) / _PART)
-        return min(most, max(_LEAST_PARTS, min(_MOST_PARTS, wanted)))
+    def parts(
+        self, sequences: int, rows: int, heads: int, kv_heads: int, window: int | None
+    ) -> int:
+        """How many parts the past of `rows` new tokens a sequence is divided into, whatever its
+        length: 1 where there are programs enough without."""
+        blocks = math.ceil(rows * heads / kv_heads / _ROWS)
+        wanted = _PROGRAMS // (sequences * kv_heads * blocks)
+        if rows == 1:
+            # Lengths differ: the longest must not be one program's.
+            wanted = max(_LEAST_PARTS, wanted)
+        if rows > FEW:
+            wanted = 1
+        return max(1, min(wanted, _MOST_PARTS, math.ceil(self.capacity(window) / _PART)))

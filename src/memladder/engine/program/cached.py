@@ -12,7 +12,7 @@ from memladder.core.errors import GraphError
 from memladder.engine.graph.fused import Fused
 from memladder.engine.graph.nodes import Attention, Node, Rotary
 from memladder.engine.program.builder import Builder
-from memladder.engine.program.cache import FEW, POSITIONS, CacheShape
+from memladder.engine.program.cache import POSITIONS, CacheShape
 from memladder.engine.program.chunk import Chunk
 from memladder.engine.program.steps import Buffer, Rows, Value
 
@@ -111,11 +111,11 @@ class CachedChunk(Chunk):
         weights = {} if attention.slopes is None else {"slopes": "alibi.slopes"}
         reads = {"query": self.places[id(attention.query)], "positions": self.positions}
         writes = {"out": self.builder.new("attended", self.size, attention.columns)}
-        if self.size // sequences <= FEW:
-            parts = cache.parts(sequences, attention.kv_heads, seen)
-            rows = self.size * attention.heads * parts
-            columns = _head_dim(attention) + 2
-            writes["partial"] = self.builder.new("partial", rows, columns, "float32")
+        rows, heads = self.size // sequences, attention.heads
+        parts = cache.parts(sequences, rows, heads, attention.kv_heads, seen)
+        if parts > 1:
+            sizes = (self.size * heads * parts, _head_dim(attention) + 2)
+            writes["partial"] = self.builder.new("partial", *sizes, "float32")
         places = (("query", "out"),)
         self.builder.step(
             "cached_attention", reads | self._state(), writes, weights, values, places

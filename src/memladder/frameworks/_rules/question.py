@@ -31,10 +31,10 @@ class Device:
 class Question:
     """A case without a machine: an architecture, a workload, a scope, a device.
 
-    `layers` is None for the whole model, tables and head included; a number for so many decoder
-    layers alone, of the group that is most frequent. `settings` are the framework's own, and
-    `version` its version where that changes the rules. `cache_format` is the format of keys and
-    values (`auto`: as activations).
+    `layers` is 1 for one decoder layer alone, of the group that is most frequent; a larger number
+    for so many of the model's, tables, last norm and head around them; None for all of it.
+    `settings` are the framework's own, and `version` its version where that changes the rules.
+    `cache_format` is the format of keys and values (`auto`: as activations).
     """
 
     model: Architecture
@@ -60,15 +60,21 @@ class Question:
 
     @property
     def whole(self) -> bool:
-        """All layers, with what stands around them."""
-        return self.layers is None
+        """Is it a model, of all or some of its layers, and not a layer alone?"""
+        return self.layers != 1
 
     def groups(self) -> tuple[LayerGroup, ...]:
         """The layers in scope."""
         if self.layers is None:
             return self.model.groups
-        usual = max(self.model.groups, key=lambda group: group.count)
-        return (LayerGroup(tuple(range(self.layers)), usual.layer),)
+        if self.layers == 1:
+            usual = max(self.model.groups, key=lambda group: group.count)
+            return (LayerGroup(usual.numbers[:1], usual.layer),)
+        first = [
+            LayerGroup(tuple(n for n in group.numbers if n < self.layers), group.layer)
+            for group in self.model.groups
+        ]
+        return tuple(group for group in first if group.numbers)
 
     def number(self, name: str, default: int) -> int:
         """A whole number among the settings."""

@@ -220,27 +220,27 @@ class Cut:
     stages: int
 
 
-# By rows, whether a past is divided, and what takes registers besides: heads of more than 128
-# columns, codes that are made numbers.
+# By rows, and by what takes registers besides: heads of more than 128 columns, codes that are made
+# numbers.
 _CUTS = {
-    "16 parts": (Cut(16, 64, 4, 3), Cut(16, 128, 4, 2), Cut(16, 64, 2, 3), Cut(16, 128, 8, 2)),
-    "32 parts": (Cut(32, 64, 4, 3),),
-    "64 parts": (Cut(64, 64, 4, 3),),
-    "64 parts codes": (Cut(64, 32, 4, 3),),
-    "16 parts wide": (Cut(16, 32, 4, 3),),
-    "32 parts wide": (Cut(32, 32, 4, 3),),
-    "64 parts wide": (Cut(64, 32, 8, 2),),
+    "16 rows": (Cut(16, 64, 4, 3), Cut(16, 128, 4, 2), Cut(16, 64, 2, 3), Cut(16, 128, 8, 2)),
+    "32 rows": (Cut(32, 64, 4, 3),),
+    "64 rows": (Cut(64, 64, 4, 3),),
+    "64 rows codes": (Cut(64, 32, 4, 3),),
+    "16 rows wide": (Cut(16, 32, 4, 3),),
+    "32 rows wide": (Cut(32, 32, 4, 3),),
+    "64 rows wide": (Cut(64, 32, 8, 2),),
     "many": (Cut(128, 64, 8, 3), Cut(64, 64, 4, 3)),
     "many codes": (Cut(64, 32, 8, 3),),
     "many wide": (Cut(32, 32, 8, 2),),
     # Without asynchronous products more lies in registers.
-    "16 parts held": (Cut(16, 64, 4, 2),),
-    "32 parts held": (Cut(32, 32, 4, 2),),
-    "64 parts held": (Cut(64, 32, 8, 2),),
-    "64 parts codes held": (Cut(64, 32, 8, 2),),
-    "16 parts wide held": (Cut(16, 32, 4, 2),),
-    "32 parts wide held": (Cut(32, 32, 8, 2),),
-    "64 parts wide held": (Cut(64, 32, 8, 1),),
+    "16 rows held": (Cut(16, 64, 4, 2),),
+    "32 rows held": (Cut(32, 32, 4, 2),),
+    "64 rows held": (Cut(64, 32, 8, 2),),
+    "64 rows codes held": (Cut(64, 32, 8, 2),),
+    "16 rows wide held": (Cut(16, 32, 4, 2),),
+    "32 rows wide held": (Cut(32, 32, 8, 2),),
+    "64 rows wide held": (Cut(64, 32, 8, 1),),
     "many held": (Cut(64, 32, 4, 2),),
     "many codes held": (Cut(64, 32, 8, 2),),
     "many wide held": (Cut(32, 32, 8, 1),),
@@ -306,11 +306,12 @@ def cached_attention(
 
 def _kind(rows: int, parts: int, width: int, scaled: bool) -> str:
     """The class of shapes that a cut is chosen for."""
-    few = parts > 1
-    kind = f"{min(64, max(16, triton.next_power_of_2(rows)))} parts" if few else "many"
+    most = 64 if parts > 1 else 128
+    size = min(most, max(16, triton.next_power_of_2(rows)))
+    kind = f"{size} rows" if size < 128 else "many"
     if width > 128:
         kind += " wide"
-    elif scaled and (rows > 32 or not few):
+    elif scaled and size > 32:
         kind += " codes"
     return kind if has_wgmma() else f"{kind} held"
 

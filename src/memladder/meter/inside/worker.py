@@ -42,6 +42,8 @@ from memladder.models import tensor_shapes
 
 # A pass that takes so long is not repeated: the first run is the steady phase (`Story.spans`).
 _LONG_PASS_S = 15.0
+# Of what no layer at all would lose: weights of which that much is lost are others.
+_ALONE = 0.98
 # A framework may err a little more than the layer does uncompiled in the same dtype, not much more.
 _OWN_ROUNDINGS = 1.25
 # So few tokens in, positions are small, and the bound holds for every layer: a wrong mask shows.
@@ -144,6 +146,7 @@ def _measure(order: Order, channel: Channel) -> None:
         # What the first run left for the collector is no part of the steady state.
         gc.collect()
         phases.start("steady")
+        session.begin_steady()
         passes = _loop(session, channel, phases, order.steady_s)
     else:
         channel.hold()
@@ -243,12 +246,17 @@ def _compared(framework: Framework, job: Job, session: Session) -> Checked:
         raise ValueError(f"output has shape {output.shape}, the reference {expected.shape}")
     settings = dict(session.settings())
     bound = framework.tolerance(job.case.device)
+    most_lost = None
+    if own is not None:
+        most_lost = _ALONE * reference.absent(job.config, job.case.shape, job.seed, true)
+        explained = framework.quantisation_tolerance(job)
+        most_lost = most_lost if explained is None else min(most_lost, explained)
 
     def check(tokens: int, tolerance: float) -> Check:
         found = output[:, :tokens]
         error = reference.error(found, expected[:, :tokens])
         lost = None if own is None else reference.error(found, true[:, :tokens])
-        return Check(job.case.model, job.case.shape, tokens, error, tolerance, lost)
+        return Check(job.case.model, job.case.shape, tokens, error, tolerance, lost, most_lost)
 
     whole = check(job.case.shape.seq_len, bound)
     dtype = settings.get("dtype")
