@@ -81,7 +81,10 @@ def test_defaults_are_not_written_and_order_does_not_matter() -> None:
         ("INT4", f"unknown format 'INT4'; known: {', '.join(formats.names())}"),
         ("int4\nx", f"unknown format 'int4\\nx'; known: {', '.join(formats.names())}"),
         ("x" * 999, f"unknown format '{'x' * 40}'; known: {', '.join(formats.names())}"),
-        ("int4:a=1", "format int4 has no parameter 'a'; its parameters: group_size, zero_point"),
+        (
+            "int4:a=1",
+            "format int4 has no parameter 'a'; its parameters: group_size, zero_point, search",
+        ),
         ("mxfp4:block=16", "format mxfp4 has no parameter 'block'; it has none"),
         ("int4:group_size=96", "group_size 96 is not a power of two from 32 to 1024"),
         ("int2:group_size=16", "group_size 16 is not a power of two from 32 to 1024"),
