@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from memladder.core.errors import FormatError
-from memladder.formats.base import (
+from memladder.formats._shared.base import (
     GroupedFormat,
     Quantised,
     absmax,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from memladder.core.ledger import Entry, Known
 from memladder.core.units import MIB
-from memladder.frameworks._rules import caches, stored
+from memladder.frameworks._rules import caches, cpu, stored
 from memladder.frameworks._rules.question import Answer, Question, UnpredictableError
 
 VERSION = "0.1"
@@ -49,10 +49,10 @@ def predict(question: Question, scheme: stored.Scheme, activation: str) -> Answe
         arena += logits
         notes.append("whole models were not measured yet")
         spread += 32 * MIB
+    if question.device.is_cpu:
+        return cpu.answer(question, "ladder", weights, arena, around)
     blocks = [weights + around, arena + workspace, cache]
     slack = sum(-size % _PAGE for size in blocks)
-    if question.device.is_cpu:
-        raise UnpredictableError("no rules for ladder's memory on a CPU")
     entries = (
         Entry("context", _CONTEXT, Known.ASSUMED, "without stacks"),
         Entry("modules", _MODULES, Known.ASSUMED),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from memladder import formats
-from memladder.formats.base import Format, Quantised
+from memladder.formats._shared.base import Format, Quantised
 from memladder.kernels.naive.blocks import ROWS, TILE, blocks
 from memladder.kernels.naive.rows import ACTIVATIONS, rotary
 from memladder.kernels.packed import PackedMatrix
