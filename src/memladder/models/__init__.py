@@ -29,6 +29,7 @@ from memladder.models.config import (
     LayerOutline,
     ModelConfig,
     Shapes,
+    Subject,
     count_elements,
 )
 
@@ -39,8 +40,10 @@ __all__ = [
     "LayerOutline",
     "ModelConfig",
     "Shapes",
+    "Subject",
     "Widths",
     "cache_geometry",
+    "count_elements",
     "definition",
     "hidden_size",
     "layer_config",
@@ -49,6 +52,7 @@ __all__ = [
     "narrow_config",
     "outline",
     "parameters",
+    "quantization",
     "require_fixed_positions",
     "tensor_shapes",
     "widths",
@@ -103,23 +107,10 @@ def layer_config(model: str, path: Path | None = None) -> LayerConfig:
             f"{path}: model_type is {found[:40]!r} where {model!r} was asked for; "
             f"known: {', '.join(names())}"
         )
-    _refuse_quantised(path, raw)
     try:
         return LayerConfig(model, module.read(raw))
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
-
-
-def _refuse_quantised(path: Path, raw: Mapping[str, Any]) -> None:
-    """Raise ConfigError for a model whose weights are in a number format already."""
-    for key in ("quantization_config", "compression_config"):
-        given = raw.get(key)
-        if given:
-            method = given.get("quant_method") if isinstance(given, dict) else None
-            raise ConfigError(
-                f"{path}: {key} says that the weights are quantised already, by "
-                f"{str(method)[:40]!r}; wanted: a model in float16, bfloat16 or float32"
-            )
 
 
 def narrow_config(model: str) -> LayerConfig:
@@ -179,6 +170,17 @@ def parameters(config: LayerConfig) -> int:
     (855654400, 2466437120)
     """
     return count_elements(tensor_shapes(config))
+
+
+def quantization(raw: Mapping[str, Any]) -> tuple[str, str] | None:
+    """Where a `config.json` says that its checkpoint is quantised, and by which method; None where
+    it says nothing of it."""
+    for key in ("quantization_config", "compression_config"):
+        given = raw.get(key)
+        if given:
+            method = given.get("quant_method") if isinstance(given, Mapping) else None
+            return key, str(method)[:40]
+    return None
 
 
 def load_json(path: Path) -> dict[str, Any]:
