@@ -10,7 +10,7 @@ from torch import Tensor
 
 from memladder import formats
 from memladder.engine.program.cache import FEW
-from memladder.formats.base import Quantised
+from memladder.formats._shared.base import Quantised
 from memladder.kernels import cuda, naive
 from tests.unit.test_kernels_cuda import error, normal, poisoned, run
 from tests.unit.test_kernels_window import defined
