@@ -20,6 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+# Here, and not where it is used: that is traced, and torch 2.11 refuses lazy packages there.
+from transformers.cache_utils import Cache
+
 from memladder.core.case import MAX_LAYERS, Workload
 from memladder.core.errors import ConfigError
 
@@ -63,8 +66,6 @@ def _walk(place: str, value: Any, found: dict[str, Tensor]) -> None:
 
 
 def _put(place: str, value: Any, tensors: Mapping[str, Tensor], cache: Any) -> Any:
-    from transformers import Cache
-
     if isinstance(value, Tensor):
         return tensors[place]
     if isinstance(value, Cache):
