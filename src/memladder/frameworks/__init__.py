@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Mapping
+from functools import cache
 
 from memladder.core.errors import UsageError
 from memladder.frameworks.base import Framework
@@ -53,6 +54,7 @@ def load(module: str, key: str) -> Framework:
     return served[key]
 
 
+@cache
 def _modules() -> list[str]:
     found = (module.name for module in pkgutil.iter_modules(__path__))
     return [f"{__name__}.{name}" for name in sorted(set(found) - _NOT_FRAMEWORKS)]

@@ -11,6 +11,7 @@ read by `catalogue`, which has transformers describe it.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import pkgutil
@@ -86,6 +87,7 @@ class Widths:
     positions: int
 
 
+@functools.cache
 def names() -> tuple[str, ...]:
     """Keys of all models, sorted."""
     found = (module.name for module in pkgutil.iter_modules(__path__))
