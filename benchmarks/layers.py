@@ -34,7 +34,7 @@ from memladder.engine.packed.packed_layer import Form, PackedLayer
 from memladder.engine.program.plan import plan
 from memladder.engine.run.driver import CudaGraph
 from memladder.engine.run.execute import Execution, arena_bytes
-from memladder.formats.base import Format
+from memladder.formats._shared.base import Format
 from memladder.kernels import cuda, naive
 from memladder.kernels.layout import Layout
 from memladder.models import reference as layer_reference

@@ -16,7 +16,7 @@ from memladder.engine.program.cache import CacheShape
 from memladder.engine.program.plan import plan
 from memladder.engine.run.execute import Execution, shared_arena_bytes
 from memladder.engine.run.positions import Positions
-from memladder.formats.base import Format
+from memladder.formats._shared.base import Format
 
 
 class CachedRunner:

@@ -8,7 +8,7 @@ from typing import Any
 from memladder import formats, frameworks, models
 from memladder.engine.compile import layers
 from memladder.engine.packed.packed_layer import Form
-from memladder.frameworks.base import Job, Session
+from memladder.frameworks._shared.base import Job, Session
 from memladder.models import LayerConfig
 
 

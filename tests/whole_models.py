@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from memladder.engine.compile import whole
 from memladder.engine.packed import checkpoint
 from memladder.engine.packed.folder import Options
-from memladder.formats.base import Format
+from memladder.formats._shared.base import Format
 from tests.hf_layers import LAYERS
 
 VOCABULARY = 97

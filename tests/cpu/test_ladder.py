@@ -15,7 +15,7 @@ from memladder.core.case import Case, Workload
 from memladder.core.record import Status
 from memladder.core.units import MIB
 from memladder.frameworks import ladder
-from memladder.frameworks.base import Job, Session
+from memladder.frameworks._shared.base import Job, Session
 from memladder.models import reference, weights
 from memladder.models.cache import default_dir
 from memladder.paper.rows import SYSTEMS

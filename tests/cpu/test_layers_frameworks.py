@@ -13,7 +13,7 @@ import pytest
 
 from memladder import frameworks, models
 from memladder.core.case import Case, Workload
-from memladder.frameworks.base import Job
+from memladder.frameworks._shared.base import Job
 from memladder.models import onnx_export, reference, weights
 from tests.layers import started
 
@@ -63,7 +63,8 @@ def test_onnxruntime_runs_without_torch(cache_dir: Path) -> None:
     frameworks.get("onnxruntime").prepare(job)
     code = (
         "import sys; from pathlib import Path; from memladder import frameworks, models;"
-        "from memladder.core.case import Case, Workload; from memladder.frameworks.base import Job;"
+        "from memladder.core.case import Case, Workload;"
+        "from memladder.frameworks._shared.base import Job;"
         "job = Job(Case('llama', 'onnxruntime', Workload(1, 1), 'cpu'),"
         " models.narrow_config('llama'), Path(sys.argv[1]));"
         "s = frameworks.get('onnxruntime').session(job, print);"

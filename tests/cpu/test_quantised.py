@@ -16,9 +16,9 @@ from memladder import frameworks, models
 from memladder.core.case import Case, Workload
 from memladder.formats.int4 import Int4
 from memladder.frameworks import gemlite_fp16_int4, torchao_fp8_fp8
-from memladder.frameworks.base import Availability, Job
+from memladder.frameworks._shared.base import Availability, Job
+from memladder.frameworks._shared.torch_quantised import group_size
 from memladder.frameworks.bitsandbytes_fp16_nf4 import BitsAndBytesNf4
-from memladder.frameworks.torch_quantised import group_size
 from memladder.meter.inside import worker
 from memladder.meter.outside import runner
 from memladder.models import LayerConfig, gguf_export

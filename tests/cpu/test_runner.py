@@ -32,7 +32,7 @@ from memladder.core.record import (
     loads_verification,
 )
 from memladder.core.units import MIB
-from memladder.frameworks.base import Framework, Job
+from memladder.frameworks._shared.base import Framework, Job
 from memladder.meter.outside import patience, runner, watch
 from memladder.models import LayerConfig
 from tests.unit.examples import ENVIRONMENT
@@ -418,7 +418,7 @@ def test_nothing_outlives_the_runner(
         "import scripted, signal, sys\n"
         "from pathlib import Path\n"
         "from memladder.core.case import Case, Workload\n"
-        "from memladder.frameworks.base import Job\n"
+        "from memladder.frameworks._shared.base import Job\n"
         "from memladder.meter.outside import runner\n"
         "from memladder.models import LayerConfig\n"
         # What a shell starts in the background ignores it.

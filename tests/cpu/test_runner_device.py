@@ -15,7 +15,7 @@ from memladder.core.devices import Device
 from memladder.core.errors import WorkerError
 from memladder.core.record import Run, Source
 from memladder.core.units import GIB, MIB
-from memladder.frameworks.base import Job
+from memladder.frameworks._shared.base import Job
 from memladder.meter.outside import runner
 from memladder.models import LayerConfig
 from tests.fake_nvml import FakeNvml, Gpu

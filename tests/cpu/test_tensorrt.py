@@ -13,7 +13,7 @@ from memladder.core.case import Case, Workload
 from memladder.core.record import Status, dumps, loads_record
 from memladder.core.units import MIB
 from memladder.frameworks import tensorrt
-from memladder.frameworks.base import Job
+from memladder.frameworks._shared.base import Job
 from memladder.meter.outside import runner
 from memladder.models import weights
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from memladder.frameworks.base import Job, Setting
-from memladder.frameworks.torch_quantised import Quantised
+from memladder.frameworks._shared.base import Job, Setting
+from memladder.frameworks._shared.torch_quantised import Quantised
 from memladder.models import LayerConfig
 
 

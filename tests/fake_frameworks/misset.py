@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from memladder.frameworks.base import Job, Session
+from memladder.frameworks._shared.base import Job, Session
 from memladder.frameworks.ladder import Ladder
 
 _IGNORED = Ladder("fp16", "fp16")

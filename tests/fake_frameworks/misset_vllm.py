@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from memladder.frameworks.base import Job
+from memladder.frameworks._shared.base import Job
 from memladder.frameworks.vllm import Vllm
 
 

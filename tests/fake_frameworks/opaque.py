@@ -9,7 +9,7 @@ from typing import Any
 from scripted import Scripted, ScriptedSession
 
 from memladder import models
-from memladder.frameworks.base import Job, Session, Structure
+from memladder.frameworks._shared.base import Job, Session, Structure
 
 
 class OpaqueSession(ScriptedSession):

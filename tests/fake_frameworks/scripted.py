@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 from memladder import models
 from memladder.core.case import Case
 from memladder.core.errors import UnavailableError
-from memladder.frameworks.base import (
+from memladder.frameworks._shared.base import (
     Availability,
     Framework,
     Job,

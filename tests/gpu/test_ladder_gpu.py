@@ -14,7 +14,7 @@ from memladder.core.case import Case, Workload
 from memladder.core.record import Status
 from memladder.engine.compile import layers
 from memladder.engine.run.driver import CudaGraph
-from memladder.frameworks.base import Job
+from memladder.frameworks._shared.base import Job
 from memladder.kernels import cuda, naive
 from memladder.meter.outside import runner
 from memladder.models.cache import default_dir

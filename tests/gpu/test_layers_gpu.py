@@ -16,7 +16,7 @@ from memladder.core import devices
 from memladder.core.case import Case, Workload
 from memladder.core.record import Source, Status
 from memladder.core.units import GIB, MIB
-from memladder.frameworks.base import Job
+from memladder.frameworks._shared.base import Job
 from memladder.meter.outside import runner
 from memladder.models.cache import default_dir
 from tests.gpu.conftest import comes_true

@@ -13,7 +13,7 @@ from memladder.core import devices
 from memladder.core.case import Case, Workload
 from memladder.core.record import PHASES, Run, Source
 from memladder.core.units import MIB
-from memladder.frameworks.base import Job
+from memladder.frameworks._shared.base import Job
 from memladder.meter import environment
 from memladder.meter.outside import runner
 from memladder.models import LayerConfig
@@ -61,7 +61,7 @@ def test_nothing_stays_on_the_device_when_the_runner_is_killed(
         "import sys\n"
         "from pathlib import Path\n"
         "from memladder.core.case import Case, Workload\n"
-        "from memladder.frameworks.base import Job\n"
+        "from memladder.frameworks._shared.base import Job\n"
         "from memladder.checks import calibration; from memladder.meter.outside import runner\n"
         "from memladder.models import LayerConfig\n"
         "case = Case('calibration', 'calibration', Workload(1, 1), 'cuda:0')\n"

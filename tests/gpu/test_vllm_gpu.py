@@ -12,7 +12,7 @@ from memladder.core.case import Case, Workload
 from memladder.core.record import Status
 from memladder.core.units import MIB
 from memladder.environments import ask, interpreter
-from memladder.frameworks.base import Job
+from memladder.frameworks._shared.base import Job
 from memladder.meter.outside import runner
 
 FAKES = Path(__file__).parents[1] / "fake_frameworks"

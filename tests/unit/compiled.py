@@ -26,7 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from memladder import formats
-from memladder.kernels import cuda, naive
+from memladder.kernels import cuda, functions
 from memladder.kernels.cuda import skinny
 from memladder.kernels.layout import Layout
 from memladder.kernels.packed import PackedMatrix
@@ -103,8 +103,8 @@ def calls(capability: int) -> Iterator[tuple[str, Callable[[], None]]]:
     yield "rms_norm", lambda: cuda.rms_norm(x, x[0], x, eps=1e-5)
     yield "layer_norm", lambda: cuda.layer_norm(x, x[0], x[0], x, eps=1e-5)
     yield "rotary", lambda: cuda.rotary(x, x, x, head_dim=128, start=0, seq_len=1)
-    for function in naive.FUNCTIONS:
-        two = {"other": x} if function in ("add", "mul") else {}
+    for function in filter(functions.has_kernel, functions.FUNCTIONS):
+        two = {"other": x} if functions.FUNCTIONS[function].operands == 2 else {}
         call = partial(cuda.pointwise, x, x, function=function, number=0.5, most=1.0, **two)
         yield f"pointwise {function}", call
     for d, softcap, exact in ((128, 0.0, False), (128, 0.0, True), (256, 50.0, True)):

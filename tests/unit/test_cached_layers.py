@@ -24,7 +24,7 @@ from memladder.engine.program.plan import plan
 from memladder.engine.program.steps import Rows, Step
 from memladder.engine.run.execute import Execution, arena_bytes
 from memladder.engine.run.positions import Positions
-from memladder.formats.base import Format
+from memladder.formats._shared.base import Format
 from memladder.kernels import cuda, naive
 from tests import hf_layers, layers
 from tests.cached import CachedRunner

@@ -13,7 +13,7 @@ import pytest
 
 from memladder.cli import actions
 from memladder.core.files import write_atomic
-from memladder.frameworks.base import Availability
+from memladder.frameworks._shared.base import Availability
 from memladder.sweeps import cases as sweep_cases
 from memladder.sweeps.store import Store
 from tests.unit import examples

@@ -21,6 +21,7 @@ from memladder.engine.packed import packed_layer
 from memladder.engine.run.execute import Execution, arena_bytes
 from memladder.kernels import naive
 from tests import hf_layers
+from tests.unit.onnx_models import save
 
 # transformers and the exporter warn about their own code.
 pytestmark = pytest.mark.filterwarnings("default")
@@ -70,6 +71,18 @@ def test_the_compiled_layer_is_the_layer(name: str, tmp_path: Path) -> None:
     found, launches = run(layer.path, layer.given, tmp_path, CompileOptions("welder"))
     assert hf_layers.relative_error(found, layer.expected()) <= 2e-3
     assert launches == LAUNCHES[name]
+
+
+@pytest.mark.parametrize("clip", ["Min", "Max"])
+def test_a_clip_without_an_end_is_compiled(clip: str, tmp_path: Path) -> None:
+    weight = np.random.default_rng(0).normal(size=(8, 8)).astype(np.float32)
+    nodes = [("MatMul", ("x", "w"), "m"), ("Mul", ("m", "m"), "q"), (clip, ("q", "c"), "y")]
+    path = save(tmp_path / "model.onnx", nodes, {"w": weight, "c": np.float32(3)})
+    states = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
+    found, _ = run(path, states, tmp_path, CompileOptions("welder"))
+    square = (states.numpy() @ weight) ** 2
+    expected = torch.from_numpy(np.minimum(square, 3) if clip == "Min" else np.maximum(square, 3))
+    assert hf_layers.relative_error(found, expected) <= 2e-3
 
 
 # The exporter's default, where attention and norms are spelled out.

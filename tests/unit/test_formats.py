@@ -14,7 +14,7 @@ import torch
 
 from memladder import formats
 from memladder.core.errors import FormatError
-from memladder.formats.base import Quantised
+from memladder.formats._shared.base import Quantised
 from tests.unit.code_tables import E2M1, E4M3, E5M2, NORMAL_FLOAT, NUMBERS
 
 
@@ -30,7 +30,7 @@ def _one_thread() -> Iterator[None]:
 def test_a_format_is_one_file_of_the_folder() -> None:
     assert {"int2", "mxfp4"} <= set(formats.names())
     files = {path.stem for path in Path(formats.__file__).parent.glob("*.py")}
-    assert set(formats.names()) == files - {"__init__", "base", "elements", "mx"}
+    assert set(formats.names()) == files - {"__init__"}
     assert list(formats.names()) == sorted(formats.names())
 
 
@@ -78,6 +78,7 @@ def test_defaults_are_not_written_and_order_does_not_matter() -> None:
         ("", f"unknown format ''; known: {', '.join(formats.names())}"),
         # A file of the folder that is no format, another case, another line.
         ("base", f"unknown format 'base'; known: {', '.join(formats.names())}"),
+        ("_shared", f"unknown format '_shared'; known: {', '.join(formats.names())}"),
         ("INT4", f"unknown format 'INT4'; known: {', '.join(formats.names())}"),
         ("int4\nx", f"unknown format 'int4\\nx'; known: {', '.join(formats.names())}"),
         ("x" * 999, f"unknown format '{'x' * 40}'; known: {', '.join(formats.names())}"),

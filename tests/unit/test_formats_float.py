@@ -11,8 +11,8 @@ import torch
 
 from memladder import formats
 from memladder.core.errors import FormatError
-from memladder.formats import mx
-from memladder.formats.elements import ELEMENTS
+from memladder.formats._shared import mx
+from memladder.formats._shared.elements import ELEMENTS
 from tests.unit.code_tables import BYTES, E2M1, E4M3, E5M2
 
 # Micikevicius et al. 2022, table 1, and OCP MX v1.0, sections 5.3.1 and 5.3.3: the type, its

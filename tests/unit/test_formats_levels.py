@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from memladder import formats
-from memladder.formats.base import Quantised
+from memladder.formats._shared.base import Quantised
 from memladder.formats.int2 import STEP
 from memladder.formats.nf4 import CODE_BOOK
 from tests.unit.code_tables import NORMAL_FLOAT

@@ -13,13 +13,14 @@ from memladder.core.case import Case, Workload
 from memladder.core.errors import UsageError
 from memladder.core.units import GIB, MIB
 from memladder.frameworks import onnxruntime, pytorch
-from memladder.frameworks.base import OutOfMemoryError
-from memladder.frameworks.torch_common import memory_errors
+from memladder.frameworks._shared.base import OutOfMemoryError
+from memladder.frameworks._shared.torch_common import memory_errors
 
 
 def test_the_folder_is_the_list_of_frameworks() -> None:
     assert {"onnxruntime", "pytorch"} <= set(frameworks.names())
-    assert "base" not in frameworks.names()
+    files = {path.stem for path in Path(frameworks.__file__).parent.glob("*.py")} - {"__init__"}
+    assert files <= set(frameworks.names())
     for name in frameworks.names():
         framework = frameworks.get(name)
         assert framework.title

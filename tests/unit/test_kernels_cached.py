@@ -10,7 +10,7 @@ from torch import Tensor
 
 from memladder import formats
 from memladder.engine.program.cache import FEW
-from memladder.formats.base import Quantised
+from memladder.formats._shared.base import Quantised
 from memladder.kernels import cuda, naive
 from tests.unit.test_kernels_cuda import error, normal, poisoned, run
 from tests.unit.test_kernels_window import defined
@@ -187,7 +187,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 # The interpreter takes its time: of each a few here, all of them among the slow tests.
 OFTEN = {(0, "alibi", "fp16"), (1, "plain", "fp16"), (2, "softcap", "fp8"), (3, "alibi", "int8")}
-OFTEN |= {(4, "window and softcap", "fp16"), (4, "window", "int8"), (2, "window", "fp16")}
+OFTEN |= {(4, "window and softcap", "fp16"), (5, "alibi", "fp16"), (2, "window", "fp16")}
 EVERY = [
     pytest.param(
         *CASES[case],

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from memladder import formats
-from memladder.formats.base import Quantised
+from memladder.formats._shared.base import Quantised
 from memladder.kernels import naive
 from memladder.kernels.packed import PackedMatrix
 

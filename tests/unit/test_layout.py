@@ -13,7 +13,7 @@ from torch import Tensor
 
 from memladder import formats
 from memladder.core.errors import FormatError
-from memladder.formats.base import Format, Quantised
+from memladder.formats._shared.base import Format, Quantised
 from memladder.kernels.layout import Layout
 from memladder.kernels.packed import PackedMatrix, matrix_bytes
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from memladder.predictor import api
+from memladder.predictor import api, evidence
+from memladder.sweeps import store
 
 _STORE = Path(__file__).parents[2] / "results" / "h100.json"
 # Largest error in thousandths, by the beginning of a key; what is not named must be within 3.
@@ -67,3 +68,14 @@ def test_what_the_allocator_holds(key: str) -> None:
         inside = ("context", "modules")
         reserved = sum(e.nbytes for e in ledger.entries if e.category not in inside)
         assert abs(reserved - told["allocator_reserved"]) <= 3 << 20
+
+
+def test_processes_on_a_cpu() -> None:
+    """Within the goal: a median of 2 %, 5 % at most."""
+    records = store.read(_STORE.with_name("cpu.json")).records
+    found = evidence.score(evidence.compare(records))
+    assert found is not None
+    assert found.cells == 53
+    assert found.median <= 0.006
+    assert found.largest <= 0.035
+    assert found.within == 53

@@ -13,7 +13,7 @@ from memladder.core.case import Case, Workload
 from memladder.core.record import Check
 from memladder.engine.compile import layers
 from memladder.engine.packed import packed_layer, reference
-from memladder.frameworks.base import Job
+from memladder.frameworks._shared.base import Job
 from memladder.frameworks.ladder import Ladder
 from memladder.models import reference as true_layer
 from memladder.models import weights

@@ -11,7 +11,7 @@ import pytest
 from memladder import models
 from memladder.core.case import Case, Workload
 from memladder.core.record import Record, Status
-from memladder.frameworks.base import Availability, Framework, Job
+from memladder.frameworks._shared.base import Availability, Framework, Job
 from memladder.meter.outside import runner
 from memladder.sweeps.executors import serial
 from memladder.sweeps.store import Store

@@ -16,8 +16,9 @@ from memladder import frameworks, models
 from memladder.core.case import Case, Workload
 from memladder.core.errors import UnavailableError
 from memladder.core.units import KIB, MIB, mib
-from memladder.frameworks import vllm, vllm_engine
-from memladder.frameworks.base import Job, packed_bytes
+from memladder.frameworks import vllm
+from memladder.frameworks._shared import vllm_engine
+from memladder.frameworks._shared.base import Job, packed_bytes
 from memladder.models import LayerConfig
 from memladder.paper.rows import SHAPES
 

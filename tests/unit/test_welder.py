@@ -8,7 +8,7 @@ import pytest
 
 from memladder import frameworks, models
 from memladder.core.case import Case, Workload
-from memladder.frameworks.base import Job, Session
+from memladder.frameworks._shared.base import Job, Session
 from memladder.models import reference, weights
 from tests import layers
 

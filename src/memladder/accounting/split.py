@@ -33,9 +33,7 @@ def ledger(record: Record) -> Ledger:
     run, total = _median_run(record)
     rules = _rules(record)
     if record.case.device == "cpu":
-        return closing(
-            total, _on_cpu(run), "pages of libraries and heap that came after the import"
-        )
+        return closing(total, _on_cpu(run, rules), "shared pages, heap")
     note = None if rules else "no rules for this row"
     return closing(total, _on_gpu(run, rules), note)
 
@@ -109,12 +107,16 @@ def _note(rules: Prediction | None, category: str) -> str | None:
     return entry.note if entry else None
 
 
-def _on_cpu(run: Run) -> Iterator[Entry]:
-    """PSS by phase: what the import took, and what the framework tells of the rest."""
-    told = run.categories
+def _on_cpu(run: Run, rules: Prediction | None) -> Iterator[Entry]:
+    """PSS by phase: what the import took, what the framework tells, and the rules' rest."""
+    told, derived = run.categories, _amounts(rules)
     imported = _phase(run, "import")
     if imported is not None:
         yield Entry("libraries", imported.end_bytes, Known.DIFFERENCE, "interpreter and imports")
     for name, category in _TOLD.items():
         if told.get(name):
             yield Entry(category, told[name], Known.TOLD)
+    if "arena" not in told and derived.get("activations"):
+        yield Entry("activations", derived["activations"], Known.DERIVED)
+    if derived.get("heap"):
+        yield Entry("heap", derived["heap"], Known.ASSUMED, _note(rules, "heap"))

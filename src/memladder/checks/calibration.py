@@ -12,7 +12,7 @@ from pathlib import Path
 
 from memladder.core.case import Case, Workload
 from memladder.core.units import MIB
-from memladder.frameworks.base import Job
+from memladder.frameworks._shared.base import Job
 from memladder.meter.inside import known_bytes
 from memladder.meter.outside.runner import Limits, run_once
 from memladder.models import LayerConfig

@@ -14,7 +14,7 @@ from memladder.core.devices import Device, Nvml
 from memladder.core.errors import DeviceError
 from memladder.core.host import HostMemory
 from memladder.core.units import format_bytes
-from memladder.frameworks import torch_common
+from memladder.frameworks._shared import torch_common
 from memladder.meter.environment import cpu_name
 
 # A device with this much in use before a case leaves less for it than its memory says.

@@ -13,7 +13,7 @@ from memladder.core import children, serial
 from memladder.core.text import clean, cleaned
 from memladder.environments.interpreter import Interpreter, chosen
 from memladder.environments.probe import package_versions
-from memladder.frameworks.base import Availability, Framework
+from memladder.frameworks._shared.base import Availability, Framework
 
 _PATIENCE_S = 120.0
 

@@ -63,7 +63,7 @@ def package_versions(names: Iterable[str]) -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     if "torch" in found:
-        from memladder.frameworks.torch_common import torch_version
+        from memladder.frameworks._shared.torch_common import torch_version
 
         found["torch"] = torch_version() or found["torch"]
     return found

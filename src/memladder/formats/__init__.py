@@ -11,25 +11,23 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import pkgutil
 from typing import TYPE_CHECKING
 
 from memladder.core.errors import FormatError
+from memladder.core.folders import entries
 
 if TYPE_CHECKING:
-    from memladder.formats.base import Format
+    from memladder.formats._shared.base import Format
 
 ACTIVATIONS = {"fp8": "fp8", "mxfp8": "mxfp8", "int1": "int8"}
 """Weight formats whose products take activations in a format of their own; all others take fp16."""
 
-_NOT_FORMATS = {"base", "elements", "mx"}
 _FLAGS = {"true": True, "false": False}
 
 
 def names() -> tuple[str, ...]:
     """Keys of all formats, sorted."""
-    found = (module.name for module in pkgutil.iter_modules(__path__))
-    return tuple(sorted(set(found) - _NOT_FORMATS))
+    return entries(__path__)
 
 
 def get(text: str) -> Format:

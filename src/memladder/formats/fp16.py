@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from memladder.core.errors import FormatError
-from memladder.formats.base import Format, Quantised
+from memladder.formats._shared.base import Format, Quantised
 
 
 @dataclass(frozen=True)

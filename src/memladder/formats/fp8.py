@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from memladder.formats.base import Format, Quantised, absmax, choose, divided, half
-from memladder.formats.elements import ELEMENTS
+from memladder.formats._shared.base import Format, Quantised, absmax, choose, divided, half
+from memladder.formats._shared.elements import ELEMENTS
 
 _SCALES = {"float32": torch.float32, "float16": torch.float16}
 

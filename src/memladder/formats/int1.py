@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from memladder.formats.base import Format, Quantised, half
+from memladder.formats._shared.base import Format, Quantised, half
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from memladder.formats.base import GroupedFormat, Quantised, grouped, half, ungrouped
+from memladder.formats._shared.base import GroupedFormat, Quantised, grouped, half, ungrouped
 
 STEP = 0.9957
 

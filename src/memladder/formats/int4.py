@@ -12,7 +12,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from memladder.formats.base import GroupedFormat, Quantised, absmax, grouped, half, ungrouped
+from memladder.formats._shared.base import (
+    GroupedFormat,
+    Quantised,
+    absmax,
+    grouped,
+    half,
+    ungrouped,
+)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from memladder.formats.base import Format, Quantised, absmax, divided
+from memladder.formats._shared.base import Format, Quantised, absmax, divided
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from memladder.formats import mx
-from memladder.formats.base import Format, Quantised, grouped, lookup, ungrouped
+from memladder.formats._shared import mx
+from memladder.formats._shared.base import Format, Quantised, grouped, lookup, ungrouped
 
 _MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _NUMBERS = torch.tensor([*_MAGNITUDES, *(-number for number in _MAGNITUDES)])

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from memladder.formats import mx
-from memladder.formats.base import Format, Quantised, choose, grouped, ungrouped
-from memladder.formats.elements import ELEMENTS
+from memladder.formats._shared import mx
+from memladder.formats._shared.base import Format, Quantised, choose, grouped, ungrouped
+from memladder.formats._shared.elements import ELEMENTS
 
 
 @dataclass(frozen=True)

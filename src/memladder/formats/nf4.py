@@ -12,7 +12,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from memladder.formats.base import (
+from memladder.formats._shared.base import (
     GroupedFormat,
     Quantised,
     absmax,

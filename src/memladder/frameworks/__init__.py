@@ -2,7 +2,7 @@
 
 A file defines `FRAMEWORK`. One that runs a framework in several number formats also defines
 `VARIANTS`, a framework each by what follows the file's name: `ladder_fp16_int4` is the variant
-`fp16_int4` of `ladder.py`.
+`fp16_int4` of `ladder.py`. `_shared` and `_rules` hold what files have in common.
 
 Importing a framework's file must stay light: its libraries are imported by its session, in the
 worker's process.
@@ -11,21 +11,12 @@ worker's process.
 from __future__ import annotations
 
 import importlib
-import pkgutil
 from collections.abc import Mapping
 from functools import cache
 
 from memladder.core.errors import UsageError
-from memladder.frameworks.base import Framework
-
-_NOT_FRAMEWORKS = {
-    "_rules",
-    "base",
-    "tensorrt_build",
-    "torch_common",
-    "torch_quantised",
-    "vllm_engine",
-}
+from memladder.core.folders import entries
+from memladder.frameworks._shared.base import Framework
 
 
 def names() -> tuple[str, ...]:
@@ -56,8 +47,7 @@ def load(module: str, key: str) -> Framework:
 
 @cache
 def _modules() -> list[str]:
-    found = (module.name for module in pkgutil.iter_modules(__path__))
-    return [f"{__name__}.{name}" for name in sorted(set(found) - _NOT_FRAMEWORKS)]
+    return [f"{__name__}.{name}" for name in entries(__path__)]
 
 
 def _served(module: str) -> Mapping[str, Framework]:

@@ -13,9 +13,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from memladder.frameworks.base import Job, Setting
-from memladder.frameworks.torch_common import TORCH_VARIABLES
-from memladder.frameworks.torch_quantised import Quantised
+from memladder.frameworks._shared.base import Job, Setting
+from memladder.frameworks._shared.torch_common import TORCH_VARIABLES
+from memladder.frameworks._shared.torch_quantised import Quantised
 from memladder.models import LayerConfig, tensor_shapes
 
 if TYPE_CHECKING:

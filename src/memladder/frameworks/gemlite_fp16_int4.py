@@ -9,9 +9,9 @@ import importlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from memladder.frameworks.base import Availability, Job, Setting
-from memladder.frameworks.torch_common import TORCH_VARIABLES
-from memladder.frameworks.torch_quantised import Quantised, group_size
+from memladder.frameworks._shared.base import Availability, Job, Setting
+from memladder.frameworks._shared.torch_common import TORCH_VARIABLES
+from memladder.frameworks._shared.torch_quantised import Quantised, group_size
 from memladder.models import LayerConfig
 
 if TYPE_CHECKING:

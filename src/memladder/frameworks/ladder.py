@@ -19,8 +19,8 @@ from memladder import formats
 from memladder.core.case import Case
 from memladder.core.devices import compute_capability
 from memladder.core.files import own_folder
-from memladder.frameworks.base import Availability, Framework, Job, Session, Setting
-from memladder.frameworks.torch_common import (
+from memladder.frameworks._shared.base import Availability, Framework, Job, Session, Setting
+from memladder.frameworks._shared.torch_common import (
     TORCH_VARIABLES,
     cuda_build,
     installed,
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from memladder.engine.packed.packed_layer import PackedLayer
     from memladder.engine.packed.packing import Rows
-    from memladder.formats.base import Format
+    from memladder.formats._shared.base import Format
     from memladder.frameworks._rules.question import Answer, Question
 
 _INSTALL = {

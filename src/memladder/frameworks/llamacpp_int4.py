@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from memladder.frameworks.base import (
+from memladder.frameworks._shared.base import (
     Availability,
     Framework,
     Job,
@@ -78,7 +78,7 @@ class LlamaCpp(Framework):
         from gguf import GGMLQuantizationType as Kind
         from torch.nn import functional
 
-        from memladder.frameworks.torch_quantised import linears
+        from memladder.frameworks._shared.torch_quantised import linears
         from memladder.models import layer
 
         path = weights.ensure(job.config, job.cache_dir, job.seed)

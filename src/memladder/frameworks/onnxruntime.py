@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from memladder.frameworks.base import (
+from memladder.frameworks._shared.base import (
     Availability,
     Framework,
     Job,

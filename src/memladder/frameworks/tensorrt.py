@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from memladder.core.devices import compute_capability
 from memladder.core.plan import CompilerPlan
 from memladder.core.units import MIB
-from memladder.frameworks.base import (
+from memladder.frameworks._shared.base import (
     Availability,
     Framework,
     Job,
@@ -29,8 +29,8 @@ from memladder.frameworks.base import (
     Session,
     Setting,
 )
-from memladder.frameworks.tensorrt_build import RTX, TENSORRT, build, load, logger
-from memladder.frameworks.torch_common import installed
+from memladder.frameworks._shared.tensorrt_build import RTX, TENSORRT, build, load, logger
+from memladder.frameworks._shared.torch_common import installed
 from memladder.models import cache, onnx_export, weights
 
 if TYPE_CHECKING:

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 from memladder import formats
 from memladder.core.devices import compute_capability
-from memladder.frameworks.base import Availability, Job, Setting
-from memladder.frameworks.torch_common import TORCH_VARIABLES
-from memladder.frameworks.torch_quantised import Quantised
+from memladder.frameworks._shared.base import Availability, Job, Setting
+from memladder.frameworks._shared.torch_common import TORCH_VARIABLES
+from memladder.frameworks._shared.torch_quantised import Quantised
 from memladder.models import LayerConfig
 
 if TYPE_CHECKING:

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 from memladder.core.case import Case
 from memladder.core.errors import UnavailableError
 from memladder.core.files import own_folder, write_atomic
-from memladder.frameworks import vllm_engine
-from memladder.frameworks.base import (
+from memladder.frameworks._shared import vllm_engine
+from memladder.frameworks._shared.base import (
     Availability,
     Framework,
     Job,
@@ -30,7 +30,7 @@ from memladder.frameworks.base import (
     Structure,
     packed_bytes,
 )
-from memladder.frameworks.torch_common import (
+from memladder.frameworks._shared.torch_common import (
     TORCH_VARIABLES,
     AllocatorReadings,
     cuda_build,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from memladder.frameworks.base import Job
+from memladder.frameworks._shared.base import Job
 from memladder.frameworks.ladder import Ladder
 
 if TYPE_CHECKING:

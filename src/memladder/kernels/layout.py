@@ -37,7 +37,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from memladder.core.errors import FormatError
-from memladder.formats.base import Format
+from memladder.formats._shared.base import Format
 
 CHUNK_BYTES = 16
 CHUNKS = 4

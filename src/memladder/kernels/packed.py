@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from memladder.formats.base import Format, Quantised
+from memladder.formats._shared.base import Format, Quantised
 from memladder.kernels.layout import Layout
 
 

@@ -20,7 +20,7 @@ from memladder.core.host import HostMemory
 from memladder.core.record import Environment, Machine
 from memladder.core.text import clean
 from memladder.environments import ask, interpreter
-from memladder.frameworks.base import Framework
+from memladder.frameworks._shared.base import Framework
 
 # What changes any process: how it allocates, how many threads it has, what CUDA does. The variables
 # of a framework are declared in its own file (`Framework.variables`).

@@ -1,7 +1,7 @@
-"""The layers that are measured. One file a model; the file's name is its key.
+"""The layers that are measured. One file a model in `families/`; the file's name is its key.
 
 A layer is described by a Hugging Face configuration, read from a local file or from the model's
-file here; nothing is downloaded and no code of a checkpoint runs. This module and the models'
+own; nothing is downloaded and no code of a checkpoint runs. This module and the models'
 files stay light: torch and transformers are imported when a layer is built.
 
 A model's file defines `TITLE`, `VALUES` and `NARROW` (configurations), `read` (a `config.json` to
@@ -14,7 +14,6 @@ from __future__ import annotations
 import functools
 import importlib
 import json
-import pkgutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,8 @@ from types import ModuleType
 from typing import Any
 
 from memladder.core.errors import ConfigError, UnavailableError, UsageError
+from memladder.core.folders import entries
+from memladder.models import families
 from memladder.models.config import (
     CacheGeometry,
     LayerConfig,
@@ -29,6 +30,7 @@ from memladder.models.config import (
     LayerOutline,
     ModelConfig,
     Shapes,
+    Subject,
     count_elements,
 )
 
@@ -39,8 +41,10 @@ __all__ = [
     "LayerOutline",
     "ModelConfig",
     "Shapes",
+    "Subject",
     "Widths",
     "cache_geometry",
+    "count_elements",
     "definition",
     "hidden_size",
     "layer_config",
@@ -49,29 +53,12 @@ __all__ = [
     "narrow_config",
     "outline",
     "parameters",
+    "quantization",
     "require_fixed_positions",
     "tensor_shapes",
     "widths",
 ]
 
-_NOT_MODELS = {
-    "architecture",
-    "cache",
-    "capture",
-    "catalogue",
-    "config",
-    "describe",
-    "ends",
-    "fields",
-    "gguf_export",
-    "gguf_import",
-    "layer",
-    "norms",
-    "onnx_export",
-    "onnx_rules",
-    "reference",
-    "weights",
-}
 FIXED_ROPE_TYPES = ("default", "linear", "llama3")
 _MAX_CONFIG_BYTES = 16 << 20
 
@@ -90,8 +77,7 @@ class Widths:
 @functools.cache
 def names() -> tuple[str, ...]:
     """Keys of all models, sorted."""
-    found = (module.name for module in pkgutil.iter_modules(__path__))
-    return tuple(sorted(set(found) - _NOT_MODELS))
+    return entries(families.__path__)
 
 
 def title(model: str) -> str:
@@ -103,7 +89,7 @@ def definition(model: str) -> ModuleType:
     """The file of that model. Raises UsageError for an unknown one."""
     if model not in names():
         raise UsageError(f"unknown model {model!r}; known: {', '.join(names())}")
-    return importlib.import_module(f"{__name__}.{model}")
+    return importlib.import_module(f"{families.__name__}.{model}")
 
 
 def layer_config(model: str, path: Path | None = None) -> LayerConfig:
@@ -123,23 +109,10 @@ def layer_config(model: str, path: Path | None = None) -> LayerConfig:
             f"{path}: model_type is {found[:40]!r} where {model!r} was asked for; "
             f"known: {', '.join(names())}"
         )
-    _refuse_quantised(path, raw)
     try:
         return LayerConfig(model, module.read(raw))
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
-
-
-def _refuse_quantised(path: Path, raw: Mapping[str, Any]) -> None:
-    """Raise ConfigError for a model whose weights are in a number format already."""
-    for key in ("quantization_config", "compression_config"):
-        given = raw.get(key)
-        if given:
-            method = given.get("quant_method") if isinstance(given, dict) else None
-            raise ConfigError(
-                f"{path}: {key} says that the weights are quantised already, by "
-                f"{str(method)[:40]!r}; wanted: a model in float16, bfloat16 or float32"
-            )
 
 
 def narrow_config(model: str) -> LayerConfig:
@@ -199,6 +172,17 @@ def parameters(config: LayerConfig) -> int:
     (855654400, 2466437120)
     """
     return count_elements(tensor_shapes(config))
+
+
+def quantization(raw: Mapping[str, Any]) -> tuple[str, str] | None:
+    """Where a `config.json` says that its checkpoint is quantised, and by which method; None where
+    it says nothing of it."""
+    for key in ("quantization_config", "compression_config"):
+        given = raw.get(key)
+        if given:
+            method = given.get("quant_method") if isinstance(given, Mapping) else None
+            return key, str(method)[:40]
+    return None
 
 
 def load_json(path: Path) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from memladder.engine.packed.packed_layer import Form
 from memladder.engine.program.builder import CHUNK, TILE
 from memladder.engine.program.plan import ArenaPlan, plan
 from memladder.engine.program.steps import Program
-from memladder.formats.base import Format
+from memladder.formats._shared.base import Format
 
 ENGINES = ("welder", "ladder")
 _MOST_CHUNKS = 64

@@ -29,7 +29,7 @@ from memladder.engine.packed import packing
 from memladder.engine.packed.packed_layer import Form
 from memladder.engine.packed.sources import CompiledLayer, Source
 from memladder.engine.program import fused_json
-from memladder.formats.base import Format
+from memladder.formats._shared.base import Format
 from memladder.models import LayerConfig, cache, onnx_export, weights
 
 # A layer that is compiled in another way is another file.

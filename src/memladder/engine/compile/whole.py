@@ -20,7 +20,7 @@ from memladder.engine.packed.folder import Index, Matrix, Options, Packed
 from memladder.engine.packed.packed_layer import Contents, Form
 from memladder.engine.packed.packing import MatrixReport
 from memladder.engine.packed.sources import CompiledLayer
-from memladder.formats.base import Format
+from memladder.formats._shared.base import Format
 from memladder.models import LayerConfig, cache, ends
 
 Tell = Callable[[str, int, int], None]

@@ -29,7 +29,7 @@ from memladder.engine.program.cache import CacheShape
 from memladder.engine.program.lower import lower
 from memladder.engine.program.plan import ALIGNMENT
 from memladder.engine.program.steps import Program
-from memladder.formats.base import Format
+from memladder.formats._shared.base import Format
 from memladder.kernels.layout import Layout
 from memladder.kernels.packed import PackedMatrix
 

@@ -23,7 +23,7 @@ from memladder.core.errors import FormatError
 from memladder.engine.packed import packed_layer
 from memladder.engine.packed.packed_layer import Contents, Form
 from memladder.engine.packed.sources import CompiledLayer, Source
-from memladder.formats.base import Format, Quantised, absmax, grouped
+from memladder.formats._shared.base import Format, Quantised, absmax, grouped
 from memladder.kernels.layout import Layout
 from memladder.kernels.packed import matrix_bytes
 

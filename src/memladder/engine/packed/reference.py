@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from memladder.core.case import Workload
 from memladder.engine.packed.packed_layer import PackedLayer
 from memladder.engine.packed.sources import Source
-from memladder.formats.base import Format
+from memladder.formats._shared.base import Format
 from memladder.models import LayerConfig, tensor_shapes
 from memladder.models import layer as layers
 from memladder.models.weights import hidden_states

@@ -19,7 +19,7 @@ from memladder.engine.packed import packed_layer, packing
 from memladder.engine.packed.packed_layer import Contents, Weights
 from memladder.engine.packed.packing import Blocks, MatrixReport
 from memladder.engine.program.model import EMBEDDING, HEAD, HEAD_BIAS, LEARNED, NUMBERS
-from memladder.formats.base import Format
+from memladder.formats._shared.base import Format
 from memladder.models.ends import Ends, Norm
 
 _METADATA = MappingProxyType({"memladder_rest": "1"})

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from memladder.core.case import Workload
 from memladder.core.units import MIB
-from memladder.formats.base import Format
+from memladder.formats._shared.base import Format
 from memladder.kernels.packed import matrix_bytes
 from memladder.models import LayerConfig, hidden_size, tensor_shapes, widths
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from memladder.core.case import Workload
 from memladder.engine.program.plan import plan
 from memladder.engine.program.steps import ITEM_BYTES, Buffer, Program, Rows, Step, Value
-from memladder.formats.base import Format
+from memladder.formats._shared.base import Format
 from memladder.formats.fp8 import Fp8
 
 CHUNK = 512

@@ -20,7 +20,7 @@ from memladder.engine.program.builder import CHUNK, Builder, ahead_chunk, free_c
 from memladder.engine.program.cache import CacheShape
 from memladder.engine.program.chunk import Chunk, OverlapError
 from memladder.engine.program.steps import Program, Rows
-from memladder.formats.base import Format
+from memladder.formats._shared.base import Format
 
 
 def lower(

@@ -20,7 +20,7 @@ from memladder.engine.packed.packed_layer import PackedLayer
 from memladder.engine.program.plan import plan
 from memladder.engine.program.steps import Program
 from memladder.engine.run.execute import Execution, arena_bytes
-from memladder.formats.base import Format
+from memladder.formats._shared.base import Format
 from memladder.models.cache import default_dir
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)

@@ -32,7 +32,7 @@ from memladder.engine.run import driver
 from memladder.engine.run.layer import activation_format, torch_device, use_tuned_cuts
 from memladder.engine.run.model import Limits, RunnableModel
 from memladder.engine.run.stage import Stage, StagePlan
-from memladder.formats.base import Format
+from memladder.formats._shared.base import Format
 
 T = TypeVar("T")
 

@@ -20,7 +20,7 @@ from memladder.engine.program.plan import ArenaPlan, plan
 from memladder.engine.program.steps import Program
 from memladder.engine.run.execute import Execution, shared_arena_bytes
 from memladder.engine.run.positions import Positions
-from memladder.formats.base import Format
+from memladder.formats._shared.base import Format
 
 
 @dataclass(frozen=True)

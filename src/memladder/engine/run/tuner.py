@@ -12,7 +12,7 @@ from memladder.engine.packed.packed_layer import PackedLayer
 from memladder.engine.program.plan import plan
 from memladder.engine.run.driver import CudaGraph
 from memladder.engine.run.execute import Execution, arena_bytes
-from memladder.formats.base import Format
+from memladder.formats._shared.base import Format
 from memladder.kernels import cuda
 from memladder.kernels.cuda import tuning
 

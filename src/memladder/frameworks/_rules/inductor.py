@@ -139,7 +139,7 @@ def _attention(question: Question, layer: LayerSpec) -> list[Step]:
         # A mask goes with the cache, and with a mask heads of keys and values are written out.
         whole = item * question.batch_size * question.length * layer.heads * layer.head_size
         found += [
-            Step("mask", item * question.batch_size * question.seq_len * question.length),
+            Step("mask", item * question.seq_len * question.length),
             Step("k_repeated", whole),
             Step("v_repeated", whole),
         ]
@@ -213,4 +213,20 @@ def buffer_sizes(question: Question) -> list[int]:
         positions = item * question.batch_size * layer.heads * question.length
         return [positions, item * question.seq_len * question.length]
     width = question.model.rotary[0][1] if question.model.rotary else 0
-    return [item * question.seq_len * width] * 2
+    angles = [item * question.seq_len * width] * 2
+    # With a cache a mask of a byte is passed; without, attention is told that it is causal.
+    return [*angles, question.seq_len * question.length] if question.past else angles
+
+
+def head(question: Question) -> list[Step]:
+    """After the layers: the last token's norm, and its logits."""
+    last = 2 * question.batch_size * question.model.hidden_size
+    logits = Step("logits", output_bytes(question), ("last",), planned=False)
+    return [Step("last", last, ("sum",), planned=False), logits]
+
+
+def output_bytes(question: Question) -> int:
+    """Hidden states of a layer; a model's logits, of each sequence's last token."""
+    if question.whole:
+        return 2 * question.batch_size * question.model.vocabulary
+    return 2 * question.tokens * question.model.hidden_size

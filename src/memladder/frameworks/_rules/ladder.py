@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from memladder.core.ledger import Entry, Known
 from memladder.core.units import MIB
-from memladder.frameworks._rules import caches, stored
+from memladder.frameworks._rules import caches, cpu, stored
 from memladder.frameworks._rules.question import Answer, Question, UnpredictableError
 
 VERSION = "0.1"
@@ -21,6 +21,7 @@ _CHUNK = 512
 _WORKSPACE = 8 * MIB
 _FEW_ROWS = range(2, 65)
 _HOPPER = (9, 0)
+_NARROW = ("mxfp8", "int8")
 
 
 def predict(question: Question, scheme: stored.Scheme, activation: str) -> Answer:
@@ -49,10 +50,10 @@ def predict(question: Question, scheme: stored.Scheme, activation: str) -> Answe
         arena += logits
         notes.append("whole models were not measured yet")
         spread += 32 * MIB
+    if question.device.is_cpu:
+        return cpu.answer(question, "ladder", weights, arena, around)
     blocks = [weights + around, arena + workspace, cache]
     slack = sum(-size % _PAGE for size in blocks)
-    if question.device.is_cpu:
-        raise UnpredictableError("no rules for ladder's memory on a CPU")
     entries = (
         Entry("context", _CONTEXT, Known.ASSUMED, "without stacks"),
         Entry("modules", _MODULES, Known.ASSUMED),
@@ -68,20 +69,20 @@ def predict(question: Question, scheme: stored.Scheme, activation: str) -> Answe
 
 
 def _arena(question: Question, activation: str) -> int:
-    """Hidden states of all tokens; with them keys and values of all and a chunk's queries and
-    output, or a chunk's norm and its MLP's inner activations (in 8 bits beside 16 where activations
-    are quantised, the norm then in place)."""
+    """Hidden states of all tokens; with them keys and values of a sequence (of as many short ones
+    as make a chunk) and a chunk's queries and output, or a chunk's norm and its MLP's inner
+    activations. Where activations are quantised, a chunk's are there in 8 bits beside 16, and the
+    norm is in place; attention's output is in 8 bits alone but for fp8."""
     rows, chunk = question.tokens, min(_CHUNK, question.tokens)
-    hidden = question.model.hidden_size
+    hidden, quantised = question.model.hidden_size, activation != "fp16"
+    together = min(rows, max(question.seq_len, chunk))
     best = 0
     for group in question.groups():
         layer, cache = group.layer, group.layer.cache
         queries = layer.heads * layer.head_size
         keys = cache.kv_heads * (cache.key_size + cache.value_size)
-        quantised = activation != "fp16"
-        attention = 2 * rows * keys + 2 * chunk * queries
-        attention += chunk * queries if quantised else 2 * chunk * queries
-        norm = 0 if quantised else 2 * hidden
-        mlp = chunk * (2 * layer.inner + (layer.inner if quantised else 0) + norm)
+        attended = chunk * queries * (1 if activation in _NARROW else 2)
+        attention = 2 * together * keys + 2 * chunk * queries + attended
+        mlp = chunk * (3 * layer.inner if quantised else 2 * layer.inner + 2 * hidden)
         best = max(best, attention, mlp)
     return 2 * rows * hidden + best

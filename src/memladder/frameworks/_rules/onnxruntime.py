@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from memladder.core.ledger import Entry, Known
 from memladder.core.units import MIB
-from memladder.frameworks._rules import caches
+from memladder.frameworks._rules import caches, cpu
 from memladder.frameworks._rules.question import Answer, Question, UnpredictableError
 
 VERSION = "1.30"
@@ -19,14 +19,14 @@ _PAGE = 2 * MIB
 
 
 def predict(question: Question) -> Answer:
-    """Raises UnpredictableError for the CPU, experts and whole models."""
+    """Raises UnpredictableError for experts and whole models."""
     model, layer = question.model, question.groups()[0].layer
-    if question.device.is_cpu:
-        raise UnpredictableError("no rules for ONNX Runtime's memory on a CPU")
     if question.layers != 1 or question.ranks > 1:
         raise UnpredictableError("ONNX Runtime's row runs one layer on one GPU")
     if layer.experts or layer.kind not in ("full", "window"):
         raise UnpredictableError(f"no rules for ONNX Runtime on a layer of {model.family}")
+    if question.device.is_cpu:
+        return cpu.onnxruntime(question)
     rows, batch = 2 * question.tokens, question.batch_size
     hidden, inner = rows * model.hidden_size, rows * layer.inner
     keys = rows * layer.cache.kv_heads * layer.cache.key_size

@@ -8,7 +8,7 @@ from functools import cache
 
 from memladder.core.ledger import Entry, Known
 from memladder.core.units import MIB
-from memladder.frameworks._rules import caches, inductor, passes
+from memladder.frameworks._rules import caches, cpu, inductor, passes
 from memladder.frameworks._rules.caching_allocator import CachingAllocator
 from memladder.frameworks._rules.question import Answer, Question, UnpredictableError
 from memladder.models.architecture import LayerGroup, LayerSpec, TensorSpec
@@ -46,7 +46,9 @@ class Package:
 def predict(question: Question, package: Package) -> Answer:
     """Context to slack on a GPU. Raises UnpredictableError for what the rules have not seen."""
     if question.device.is_cpu:
-        raise UnpredictableError("no rules for torch's memory on a CPU")
+        if package.load is not None:
+            raise UnpredictableError("no rules for quantised torch rows on a CPU")
+        return cpu.torch_layer(question)
     if question.ranks > 1:
         raise UnpredictableError("torch's rows run on one GPU")
     notes = [] if question.layers == 1 and not question.past else ["seen for one layer only"]
@@ -97,10 +99,18 @@ class _Replay:
             self._allocator.empty_cache()
         else:
             self._take_given(buffers)
-        self._take_given([2 * question.tokens * question.model.hidden_size])
         if question.past:
-            self._cache = question.batch_size * caches.sequence_bytes(question, question.length)
-            take(self._cache)
+            self._take_cache()
+        if not question.whole:
+            self._take_given([2 * question.tokens * question.model.hidden_size])
+
+    def _take_cache(self) -> None:
+        """transformers' static cache: keys and values of each layer, or of all in one block."""
+        question = self._question
+        self._cache = question.batch_size * caches.sequence_bytes(question, question.length)
+        parts = 2 if question.layers == 1 else 1
+        for _ in range(parts):
+            self._allocator.malloc(self._cache // parts)
 
     def _lump(self, group: LayerGroup) -> None:
         """Many layers: what stays of them, in one block; the load is not replayed."""
@@ -141,6 +151,8 @@ class _Replay:
         steps = inductor.steps(self._question, self._usual, package.multiplies, package.sum_over)
         if package.rounds_activations:
             steps = inductor.rounded(steps)
+        if self._question.whole:
+            steps += inductor.head(self._question)
         output = running.run(steps)
         allocator.empty_cache()
         for _ in range(2):
@@ -152,7 +164,7 @@ class _Replay:
     def entries(self) -> Iterator[Entry]:
         """The ledger's entries."""
         question, allocator = self._question, self._allocator
-        output = 2 * question.tokens * question.model.hidden_size
+        output = inductor.output_bytes(question)
         yield Entry("context", question.device.context_bytes, Known.ASSUMED)
         yield Entry("modules", self._kernels(), Known.ASSUMED)
         yield Entry("weights", self._weights, Known.DERIVED)

@@ -1,6 +1,6 @@
 """vLLM's memory. Rules from its source (vllm/v1/worker) and from memladder's records of 0.22.1.
 
-By default the engine is as memladder sets it up (`frameworks/vllm_engine.py`: eager, prompts in
+By default the engine is as memladder sets it up (`_shared/vllm_engine.py`: eager, prompts in
 parts of 512 tokens, a cache of the case's size). The settings `max_num_seqs`,
 `max_num_batched_tokens`, `gpu_memory_utilization` and `cuda_graphs` describe a server; with a
 utilization the cache fills what that leaves.

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from memladder import formats
-from memladder.formats.elements import ELEMENTS
+from memladder.formats._shared.elements import ELEMENTS
 from memladder.formats.fp8 import Fp8
 from memladder.kernels.cuda.cached_attention import element
 from memladder.kernels.cuda.rows import on_grid, sincos

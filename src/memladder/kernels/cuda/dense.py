@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from memladder.formats.elements import ELEMENTS
+from memladder.formats._shared.elements import ELEMENTS
 from memladder.formats.fp8 import Fp8
 from memladder.kernels.cuda.epilogue import activated, stored
 from memladder.kernels.cuda.part import Operand, Part

@@ -17,8 +17,8 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from memladder.core.errors import UnavailableError
-from memladder.formats.base import Format
-from memladder.formats.elements import ELEMENTS
+from memladder.formats._shared.base import Format
+from memladder.formats._shared.elements import ELEMENTS
 from memladder.formats.fp8 import Fp8
 from memladder.formats.int8 import Int8
 from memladder.formats.mxfp8 import Mxfp8

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from memladder.formats.base import Format
+from memladder.formats._shared.base import Format
 from memladder.kernels.cuda.decode import (
     affine,
     decoded,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from memladder.formats.base import Format
+from memladder.formats._shared.base import Format
 from memladder.kernels.packed import PackedMatrix
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from memladder import formats
 from memladder.core.errors import UnavailableError
-from memladder.formats.elements import ELEMENTS
+from memladder.formats._shared.elements import ELEMENTS
 from memladder.formats.fp8 import Fp8
 from memladder.formats.int8 import Int8
 from memladder.formats.mxfp8 import Mxfp8

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from memladder.formats.base import Format
+from memladder.formats._shared.base import Format
 from memladder.kernels.cuda.decode import affine, numbers, stretch, unpack_ptx, unpacked
 from memladder.kernels.cuda.epilogue import activated, finished
 from memladder.kernels.cuda.part import Operand, Part

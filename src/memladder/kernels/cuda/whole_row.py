@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from memladder.formats.elements import ELEMENTS
+from memladder.formats._shared.elements import ELEMENTS
 from memladder.formats.fp8 import Fp8
 from memladder.formats.mxfp8 import Mxfp8
 from memladder.kernels.cuda.epilogue import power

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from memladder import formats
-from memladder.formats.base import Quantised
+from memladder.formats._shared.base import Quantised
 from memladder.kernels.naive.attention import KEYS, attended
 from memladder.kernels.naive.blocks import ROWS, TILE, blocks, row_blocks
 from memladder.kernels.naive.rows import rotated

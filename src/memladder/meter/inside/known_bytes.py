@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from memladder.core import devices
 from memladder.core.errors import DeviceError
-from memladder.frameworks.base import (
+from memladder.frameworks._shared.base import (
     Availability,
     Framework,
     Job,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -27,6 +26,10 @@ from memladder.engine.graph.nodes import Array, ByColumn, Linear, Node, Norm, Po
 
 # Rotary positions have two, or four where halves are written apart.
 _MOST_TERMS = 8
+
+
+# A clip without an end: programs hold finite numbers.
+_ENDLESS = float(np.finfo(np.float32).max)
 
 
 def _unary(function: str) -> Rule:
@@ -76,7 +79,7 @@ def _pow(converter: Converter, operator: Operator, given: Sequence[Any]) -> Resu
 
 
 def _clip(converter: Converter, operator: Operator, given: Sequence[Any]) -> Result:
-    least, most = -math.inf, math.inf
+    least, most = -_ENDLESS, _ENDLESS
     if len(given) > 1 and given[1] is not None:
         least = _number(operator, given, 1)
     if len(given) > 2 and given[2] is not None:
@@ -101,7 +104,7 @@ def _extreme(function: str) -> Rule:
             if function == "max" and number <= -1e4:
                 return x.floored(number)
             raise LayoutError("scores that are clipped")
-        limits = (number, math.inf) if function == "max" else (-math.inf, number)
+        limits = (number, _ENDLESS) if function == "max" else (-_ENDLESS, number)
         return mapped(converter, "clip", as_value(x), limits)
 
     return rule

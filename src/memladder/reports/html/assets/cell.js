@@ -116,7 +116,7 @@ function openCell(index) {
       ['peak', row.peak === null ? null : sized(row.peak)],
       ['runs', row.runs ? `${row.runs}, ${row.noise === null ? 'noise not known' : `${sized(row.noise)} apart at the most`}` : null],
       ['published', row.published === null ? null : sized(row.published)],
-      ['budget', row.budget === null ? null : row.bytes === null ? sized(row.budget) : `${sized(row.budget)}; the cell takes ${number(row.bytes / row.budget, 3)} of it, its context included`],
+      ['budget', row.budget === null ? null : row.bytes === null ? sized(row.budget) : `${sized(row.budget)}${row.base === null ? '' : `; the cell takes ${signed(row.bytes - row.base - row.budget)} MiB beside it and its context of ${sized(row.base)}`}`],
       ['reason', row.reason], ['to get it', more.raw.hint], ['not predicted', more.unpredicted],
     ]),
     ...ledgers(row, more),

@@ -48,11 +48,19 @@ function value(row) {
   return row.base === null ? null : row.bytes - row.base;
 }
 
+// What a cell is held against: its budget, and the context where that is drawn too.
+function budgetOf(row) {
+  if (row.budget === null || $('net').checked) return row.budget;
+  return row.base === null ? null : row.budget + row.base;
+}
+
+const NARROW = matchMedia('(max-width: 640px)');
+
 function scaleOf(rows) {
   const overlay = (row) => [
     $('published').checked && !$('net').checked ? row.published : null,
     $('predicted').checked && !$('net').checked ? row.high : null,
-    $('budget').checked ? row.budget : null,
+    $('budget').checked ? budgetOf(row) : null,
   ];
   const sizes = rows.flatMap((row) => [value(row), ...overlay(row)]).filter((size) => size > 0);
   const most = Math.max(...sizes, MIB), least = Math.min(...sizes, most);
@@ -61,7 +69,7 @@ function scaleOf(rows) {
     const high = Math.max(most * 1.02, low * 10), span = Math.log(high / low);
     const ticks = [];
     for (let decade = low; decade <= high; decade *= 10) {
-      for (const step of [1, 2, 5]) if (step * decade <= high && (step === 1 || span < 7)) ticks.push(step * decade);
+      for (const step of [1, 2, 5]) if (step * decade <= high && (step === 1 || (span < 7 && !NARROW.matches))) ticks.push(step * decade);
     }
     return { at: (bytes) => Math.max(0, (100 * Math.log(bytes / low)) / span), ticks };
   }
@@ -87,7 +95,7 @@ function track(row, size, scale) {
     bar.style.width = `${Math.max(scale.at(size), 0.2)}%`;
     whole.append(bar);
   }
-  if ($('budget').checked && row.budget) whole.append(place('floor', scale.at(net ? row.budget : row.budget)));
+  if ($('budget').checked && budgetOf(row) !== null) whole.append(place('floor', scale.at(budgetOf(row))));
   if ($('predicted').checked && !net && row.low) {
     whole.append(place('interval', scale.at(row.low), scale.at(row.high) - scale.at(row.low)));
   }
@@ -123,7 +131,7 @@ function drawLegend(rows) {
   const net = $('net').checked;
   if ($('published').checked && !net && rows.some((row) => row.published)) parts.push(key('published', data.publishedName));
   if ($('predicted').checked && !net) parts.push(key('interval', 'predicted, 19 of 20'));
-  if ($('budget').checked) parts.push(key('floor', 'budget: weights in the format, cache, activations'));
+  if ($('budget').checked) parts.push(key('floor', `${net ? '' : 'context and '}budget: weights in the format, cache, activations`));
   if (net) parts.push(make('span', {}, 'without CUDA’s context, or imported libraries on the CPU; published and predicted totals are hidden'));
   $('legend').replaceChildren(...parts);
 }
@@ -144,7 +152,7 @@ function drawFigure() {
   for (const [name, members] of groups) {
     if ($('order').value === 'bytes') members.sort((a, b) => (value(data.rows[a]) ?? Infinity) - (value(data.rows[b]) ?? Infinity));
     const axis = make('div', { class: 'axis', 'aria-hidden': 'true' }, make('div', {}, ...scale.ticks.map((tick) => {
-      const text = make('span', {}, tick ? number(tick / MIB, 0) : '0 MiB');
+      const text = make('span', {}, number(tick / MIB, tick && tick < MIB ? 2 : 0) + (tick === scale.ticks[0] ? ' MiB' : ''));
       text.style.left = `${scale.at(tick)}%`;
       return text;
     })));

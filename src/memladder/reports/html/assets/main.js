@@ -15,6 +15,7 @@ function start() {
   const redraw = () => { drawFigure(); drawTable(); };
   drawFilters(redraw);
   for (const id of ['log', 'net', 'published', 'predicted', 'budget', 'order']) $(id).addEventListener('change', drawFigure);
+  NARROW.addEventListener('change', drawFigure);
   $('more').addEventListener('click', () => { mostRows = Infinity; drawFigure(); });
   listenToCells();
   drawFigure();

@@ -1,3 +1,4 @@
+const over = (row) => (row.bytes === null || row.base === null || row.budget === null ? null : row.bytes - row.base - row.budget);
 const COLUMNS = [
   ['store', 'store', (row) => data.stores[row.store]], ['id', 'case', (row) => row.id], ['model', 'model', (row) => row.model],
   ['framework', 'framework', (row) => row.framework], ['workload', 'workload', (row) => row.workload],
@@ -5,10 +6,12 @@ const COLUMNS = [
   ['device', 'device', (row) => row.device], ['status', 'status', (row) => (row.problem ? `${row.status}, ${row.problem}` : row.status)],
   ['bytes', 'bytes', (row) => row.bytes, true], ['net', 'net of context', (row) => (row.bytes === null || row.base === null ? null : row.bytes - row.base), true],
   ['peak', 'peak', (row) => row.peak, true], ['predicted', 'predicted', (row) => row.predicted, true],
-  ['budget', 'budget', (row) => row.budget, true], ['published', 'published', (row) => row.published, true],
+  ['budget', 'budget', (row) => row.budget, true], ['over', 'over budget', over, true], ['published', 'published', (row) => row.published, true],
   ['noise', 'noise', (row) => row.noise, true], ['runs', 'runs', (row) => row.runs], ['reason', 'reason', (row) => row.reason],
 ];
 const HIDDEN_COLUMNS = new Set(['model', 'framework', 'workload', 'reason', 'runs']);
+// Of these a column that says the same everywhere is left out.
+const MAY_REPEAT = new Set(['store', 'scope', 'device']);
 let sorted = { column: null, down: false };
 
 function tableRows() {
@@ -26,7 +29,7 @@ function tableRows() {
 
 function drawTable() {
   const shownColumns = COLUMNS.map((column, place) => [column, place]).filter(([column]) =>
-    !HIDDEN_COLUMNS.has(column[0]) && (column[0] !== 'store' || data.stores.length > 1));
+    !HIDDEN_COLUMNS.has(column[0]) && !(MAY_REPEAT.has(column[0]) && new Set(data.rows.map(column[2])).size < 2));
   const head = make('tr', {}, ...shownColumns.map(([[, title, , right], place]) => {
     const mine = sorted.column === place;
     const th = make('th', { scope: 'col', class: right ? 'number' : '', 'aria-sort': mine ? (sorted.down ? 'descending' : 'ascending') : 'none' },

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from memladder.core.units import GIB, KIB, MIB
-from memladder.frameworks.base import OutOfMemoryError
+from memladder.frameworks._shared.base import OutOfMemoryError
 
 TORCH_VARIABLES = ("PYTORCH_*", "TORCH_*", "TORCHINDUCTOR_*", "TORCHDYNAMO_*", "TRITON_*", "ATEN_*")
 """What torch and Triton read from the environment: `Framework.variables`."""

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from memladder.frameworks.base import Availability, Job, Session, Setting
+from memladder.frameworks._shared.base import Availability, Job, Session, Setting
 from memladder.frameworks.pytorch import InductorSession, PyTorch, layer_dtype
 from memladder.models import LayerConfig, tensor_shapes, weights
 

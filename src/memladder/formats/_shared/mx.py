@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from memladder.formats.base import absmax
+from memladder.formats._shared.base import absmax
 
 BLOCK = 32
 _BIAS = 127

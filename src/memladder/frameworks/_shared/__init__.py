@@ -1,0 +1,1 @@
+"""What frameworks' files share: the interface (`base`), and code for several of one library."""

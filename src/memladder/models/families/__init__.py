@@ -1,0 +1,1 @@
+"""Families with a configuration of their own: one file each, whose name is the key users type."""
