@@ -44,8 +44,8 @@ def _sweep(tmp_path: Path, view: _View) -> serial.Outcome:
         Case("llama", name, shape, "cpu") for name in ("pytorch", "welder") for shape in shapes
     ]
     options = serial.SweepOptions(tmp_path, 1, runner.Limits())
-    configs = {"llama": models.layer_config("llama")}
-    return serial.sweep(cases, configs, Store(tmp_path / "log"), options, view)
+    subjects = {"llama": models.Subject(models.layer_config("llama"))}
+    return serial.sweep(cases, subjects, Store(tmp_path / "log"), options, view)
 
 
 @pytest.fixture(autouse=True)

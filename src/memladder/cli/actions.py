@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from memladder import frameworks, models
+from memladder.cli import subjects
 from memladder.cli.console import plain_console
 from memladder.cli.ending import say
 from memladder.cli.terminal import telling
@@ -29,7 +30,7 @@ from memladder.core.units import format_bytes, mib
 from memladder.frameworks._shared.base import Job
 from memladder.meter import environment
 from memladder.meter.outside import runner
-from memladder.models import LayerConfig
+from memladder.models import Subject
 from memladder.models.cache import default_dir
 from memladder.paper import rows
 from memladder.reports import printing
@@ -53,6 +54,8 @@ class Request:
     shapes: str | None = None
     device: str = "auto"
     config: Path | None = None
+    layer: int | None = None
+    layers: int | str = 1
     repeats: int = 1
     timeout_s: float = 1800.0
     output_dir: Path = Path()
@@ -67,8 +70,8 @@ class Request:
         return self.output_dir / "log"
 
     @property
-    def model_names(self) -> tuple[str, ...]:
-        """Which models; the figure's by default."""
+    def wanted(self) -> tuple[str, ...]:
+        """Which models, by name or path; the figure's by default."""
         return tuple(rows.MODELS) if self.models is None else sweep_cases.parse_models(self.models)
 
     @property
@@ -83,16 +86,21 @@ class Request:
         """At which shapes; the figure's by default."""
         return rows.SHAPES if self.shapes is None else sweep_cases.parse_shapes(self.shapes)
 
-    def configs(self, names: Sequence[str]) -> dict[str, LayerConfig]:
-        """The layer of each model; a config of the user's stands for its own model alone."""
-        if self.config is None:
-            return {name: models.layer_config(name) for name in names}
-        if len(names) != 1:
-            raise UsageError(
-                f"--config {self.config} describes one model; say which with --models: "
-                f"{' or '.join(names)}"
-            )
-        return {names[0]: models.layer_config(names[0], self.config)}
+    def subjects(self) -> dict[str, Subject]:
+        """What is measured of each model, with a note on stderr where that is not all that was
+        asked for."""
+        found = subjects.subjects(
+            self.wanted,
+            self.options().cache_dir,
+            config=self.config,
+            layer=self.layer,
+            layers=self.layers,
+        )
+        for name, subject in found.items():
+            for note in (subject.note, subjects.too_long(subject, self.workloads)):
+                if note:
+                    say(f"note: {name}: {note}")
+        return found
 
     def options(self) -> serial.SweepOptions:
         """How to measure."""
@@ -182,7 +190,10 @@ def _custom(records: Iterable[Record]) -> bool:
     """Is any layer another than the figure's, so that the published values say nothing of it?"""
     return any(
         record.layer is not None
-        and record.layer.digest != models.layer_config(record.case.model).digest
+        and (
+            record.case.model not in models.names()
+            or record.layer.digest != models.layer_config(record.case.model).digest
+        )
         for record in records
     )
 
@@ -210,20 +221,22 @@ def _slug(records: Sequence[Record]) -> str:
 def measure(request: Request) -> int:
     """Measure one case; prints the artifact's two lines. 0 when measured or out of memory."""
     device = environment.resolve_device(request.device)
-    model = _single("model", request.model_names)
+    _single("model", request.wanted)
     framework = _single("framework", request.framework_names)
     (shape,) = request.workloads
-    case = Case(model, framework, shape, device)
-    config = request.configs([model])[model]
+    ((model, subject),) = request.subjects().items()
+    case = Case(model, framework, shape, device, request.layers)
     options = request.options()
     kept = store.Store(request.log)
     with kept.locked():
+        past = f" past {shape.past}" if shape.past else ""
+        scope = f" layers {case.layers}" if case.whole else ""
         print(
-            f"Measure the memory for {model} batch {shape.batch_size} seq {shape.seq_len} "
-            f"under {framework}",
+            f"Measure the memory for {model} batch {shape.batch_size} seq {shape.seq_len}"
+            f"{past}{scope} under {framework}",
             flush=True,
         )
-        record = _measure_one(Job(case, config, options.cache_dir), options, kept)
+        record = _measure_one(Job.of(case, subject, options.cache_dir), options, kept)
         path = kept.save(record)
     if record.steady_bytes is not None:
         print({case.id: round(mib(record.steady_bytes))})
@@ -274,9 +287,9 @@ def sweep(request: Request) -> int:
     device = environment.resolve_device(request.device)
     names = request.framework_names
     shapes = request.workloads
-    configs = request.configs(request.model_names)
+    chosen = request.subjects()
     runnable, missing = _split(names, device)
-    cases = sweep_cases.select(configs, runnable, shapes, device)
+    cases = sweep_cases.select(chosen, runnable, shapes, device, request.layers)
     kept = store.Store(request.log)
     console = plain_console(stderr=True)
     with kept.locked():
@@ -286,10 +299,10 @@ def sweep(request: Request) -> int:
         if not cases:
             raise UsageError(f"none of the frameworks {', '.join(names)} can run on {device} here")
         with SweepView(cases, request.repeats, console) as view:
-            outcome = serial.sweep(cases, configs, kept, request.options(), view)
+            outcome = serial.sweep(cases, chosen, kept, request.options(), view)
     unavailable = [
         runner.unavailable(case, sweep_cases.availability(case.framework, device))
-        for case in sweep_cases.select(configs, missing, shapes, device)
+        for case in sweep_cases.select(chosen, missing, shapes, device, request.layers)
     ]
     records = [*outcome.records, *unavailable]
     if request.results is not None:
@@ -408,7 +421,7 @@ def tune(request: Request) -> int:
     shapes = request.workloads
     cases = [
         (config, variant, shape)
-        for config in request.configs(request.model_names).values()
+        for config in [one.config for one in request.subjects().values()]
         for variant in map(frameworks.get, runnable)
         for shape in shapes
     ]

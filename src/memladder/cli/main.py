@@ -13,12 +13,12 @@ from typing import Annotated, NoReturn
 import typer
 
 from memladder import __version__
-from memladder.cli import ending, explaining, predicting
+from memladder.cli import ending, explaining, predicting, reporting
 from memladder.cli.commands.cache import show_cache
 from memladder.cli.commands.dequantize import dequantize
 from memladder.cli.commands.evaluate import evaluate
 from memladder.cli.commands.generate import generate
-from memladder.core.case import MAX_BATCH_SIZE, MAX_SEQ_LEN
+from memladder.core.case import MAX_BATCH_SIZE, MAX_PAST, MAX_SEQ_LEN
 from memladder.core.errors import UsageError
 
 
@@ -40,11 +40,35 @@ _env_app = _app("Environments of frameworks' own: made, pointed to, listed, remo
 app.add_typer(_env_app, name="env")
 predicting.register(app)
 explaining.register(app)
+reporting.register(app)
 
 EnvironmentOf = Annotated[
     str, typer.Argument(metavar="FRAMEWORK", help="A framework's key; its variants share one.")
 ]
-Model = Annotated[str, typer.Option("--model", help="llama or bloom.")]
+Model = Annotated[
+    str,
+    typer.Option(
+        "--model",
+        metavar="NAME|PATH",
+        help="llama, bloom, or any decoder's config.json or its folder.",
+    ),
+]
+Layer = Annotated[
+    str | None,
+    typer.Option("--layer", metavar="N", help="Which layer, from 0; default: the usual one."),
+]
+Layers = Annotated[
+    str,
+    typer.Option(
+        "--layers",
+        metavar="all|N",
+        help="A model's all or first N layers with embeddings and head; 1: a layer alone.",
+    ),
+]
+Past = Annotated[
+    str,
+    typer.Option("--past", metavar="N", help="Tokens of each sequence in a key-value cache."),
+]
 Framework = Annotated[
     str, typer.Option("--framework", help="A framework's key; `memladder frameworks` lists them.")
 ]
@@ -54,13 +78,16 @@ BatchSize = Annotated[
 SeqLen = Annotated[
     str, typer.Option("--seq_len", "--seq-len", metavar="N", help="Tokens in each sequence.")
 ]
-Models = Annotated[str | None, typer.Option(metavar="NAME,…", help="Models; default: llama,bloom.")]
+Models = Annotated[
+    str | None, typer.Option(metavar="NAME|PATH,…", help="Models; default: llama,bloom.")
+]
 Frameworks = Annotated[
     str | None,
     typer.Option(metavar="KEY,…|all", help="Frameworks; default: the figure's twelve systems."),
 ]
 Shapes = Annotated[
-    str | None, typer.Option(metavar="BxS,…", help="Shapes; default: 1x1,32x1,1x4096.")
+    str | None,
+    typer.Option(metavar="BxS[+P],…", help="Shapes, P of a past; default: 1x1,32x1,1x4096."),
 ]
 Device = Annotated[
     str, typer.Option(metavar="auto|cuda|cuda:N|cpu", help="Where to run; auto prefers a GPU.")
@@ -118,6 +145,9 @@ def measure(
     framework: Framework = "pytorch",
     batch_size: BatchSize = "1",
     seq_len: SeqLen = "1",
+    past: Past = "0",
+    layer: Layer = None,
+    layers: Layers = "1",
     device: Device = "auto",
     config: Config = None,
     repeats: Repeats = "1",
@@ -126,7 +156,7 @@ def measure(
     cache_dir: CacheDir = None,
 ) -> None:
     """Measure one cell; its record goes to log/."""
-    from memladder.cli import actions
+    from memladder.cli import actions, subjects
 
     request = actions.Request(
         models=model,
@@ -137,9 +167,12 @@ def measure(
                 ("batch_size", batch_size, MAX_BATCH_SIZE),
                 ("seq_len", seq_len, MAX_SEQ_LEN),
             )
-        ),
+        )
+        + f"+{_count('past', past, MAX_PAST, least=0)}",
         device=device,
         config=config,
+        layer=None if layer is None else _count("layer", layer, MAX_LAYER, least=0),
+        layers=subjects.parse_scope(layers),
         repeats=_count("repeats", repeats, MAX_REPEATS),
         timeout_s=_seconds(timeout),
         output_dir=output_dir,
@@ -163,9 +196,10 @@ def sweep(
     output_dir: OutputDir = _HERE,
     cache_dir: CacheDir = None,
     results: Results = None,
+    layers: Layers = "1",
 ) -> None:
     """Measure the figure's cases here and draw them; resumes."""
-    from memladder.cli import actions
+    from memladder.cli import actions, subjects
 
     request = actions.Request(
         models=models,
@@ -180,6 +214,7 @@ def sweep(
         fresh=fresh,
         retry=retry,
         results=results,
+        layers=subjects.parse_scope(layers),
     )
     raise typer.Exit(actions.sweep(request))
 

@@ -16,7 +16,7 @@ from memladder.core import serial
 from memladder.core.case import Case, Workload
 from memladder.core.errors import MemladderError, RecordError
 from memladder.core.plan import CompilerPlan
-from memladder.core.serial import AnyFloat, StrEnum
+from memladder.core.serial import AnyFloat, StrEnum, younger
 
 SCHEMA = 1
 T = TypeVar("T")
@@ -96,13 +96,19 @@ class Environment:
 
 @dataclass(frozen=True)
 class LayerFacts:
-    """The layer that ran: its configuration, its parameters, the seed of its weights."""
+    """The layer that ran: its configuration, its parameters, the seed of its weights.
+
+    Of a whole model, `parameters` are all of them, those around the layers too, and `layers` is
+    how many ran. `note` tells what of a configuration was left out.
+    """
 
     config: Mapping[str, Any]
     digest: str
     parameters: int
     weight_bytes: int
     seed: int
+    layers: int = younger(1)
+    note: str | None = None
 
 
 @dataclass(frozen=True)
@@ -286,6 +292,7 @@ class Check:
     tolerance: float
     quantisation_error: AnyFloat | None = None
     quantisation_tolerance: AnyFloat | None = None
+    layers: int = younger(1)
 
     def __post_init__(self) -> None:
         _refuse_negative(f"the check of {self.model}", self)
@@ -324,15 +331,16 @@ class StructureCheck:
     weight_bytes: int
     expected_bytes: int
     differing: tuple[str, ...]
+    expected_layers: int = younger(1)
 
     def __post_init__(self) -> None:
         _refuse_negative(f"the check of {self.model}", self)
 
     @property
     def agrees(self) -> bool:
-        """One layer, all of its parameters, in the row's format."""
+        """As many layers as asked for, all of their parameters, in the row's format."""
         fits = weights_fit(self.weight_bytes, self.expected_bytes)
-        return self.layers == 1 and not self.differing and fits
+        return self.layers == self.expected_layers and not self.differing and fits
 
     def explain(self) -> str:
         """What was compared, in words."""

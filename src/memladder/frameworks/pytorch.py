@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import importlib
 import importlib.metadata
 import importlib.util
 import os
@@ -39,6 +38,7 @@ class PyTorch(Framework):
     """torch.compile with Inductor, CPU or CUDA."""
 
     title = "PyTorch-Inductor"
+    wholes = pasts = any_family = True
     packages: tuple[str, ...] = ("torch", "triton", "transformers", "safetensors")
     variables: tuple[str, ...] = TORCH_VARIABLES
 
@@ -61,12 +61,21 @@ class PyTorch(Framework):
         return inductor_environment(case)
 
     def prepare(self, job: Job) -> None:
-        """The layer's weights."""
+        """Weights, and the past."""
+        if job.model is not None:
+            from memladder.frameworks._shared.torch_whole import source
+
+            source(job).prepare(job.case.shape)
+            return
         weights.ensure(job.config, job.cache_dir, job.seed)
+        if job.case.shape.past:
+            from memladder.models import past
+
+            past.ensure(job.config, job.cache_dir, job.case.shape.past, job.seed)
 
     def makes(self, job: Job) -> str:
-        """The same for all shapes."""
-        return f"{job.config.digest} weights"
+        """The same for all shapes of one past."""
+        return f"{job.digest} {job.case.layers} {job.case.shape.past} weights"
 
     def predict(self, question: Question) -> Answer:
         """The load and the passes, replayed (`_rules/torch_layer.py`)."""
@@ -83,6 +92,10 @@ class PyTorch(Framework):
 
     def session(self, job: Job, announce: Callable[[str], None]) -> Session:
         """Import torch and the layer's module."""
+        if job.model is not None:
+            from memladder.frameworks._shared.torch_whole import WholeSession
+
+            return WholeSession(job, announce)
         return InductorSession(job, announce)
 
 
@@ -115,12 +128,12 @@ class InductorSession(Session):
             os.environ.setdefault(name, str(own_folder(job.cache_dir / folder)))
         import torch
 
-        from memladder.models import layer
+        from memladder.models import capture, layer
 
-        # The model's own code; a model's name is its folder's name in transformers.
-        importlib.import_module(f"transformers.models.{job.case.model}.modeling_{job.case.model}")
+        capture.import_family(job.config.model)
         self._torch = torch
         self._load = layer.load
+        self._set_length = capture.set_length
         self._device = torch.device(job.case.device)
         self._dtype, self._dtype_reason = self.dtype()
         self._readings = AllocatorReadings()
@@ -145,6 +158,8 @@ class InductorSession(Session):
         path = weights.ensure(job.config, job.cache_dir, job.seed)
         with memory_errors():
             self._layer = self.place(path)
+            self._attention = self._layer.attention
+            self.remember()
             states = self._torch.from_numpy(
                 weights.hidden_states(job.config, job.case.shape, job.seed)
             )
@@ -180,25 +195,44 @@ class InductorSession(Session):
         with memory_errors(), self._torch.inference_mode():
             # The last pass's output must not live beside the next one's.
             self._output = None
-            self._output = self._compiled(self._states)
+            self._output = self.passed()
             if self._device.type == "cuda":
                 self._torch.cuda.synchronize(self._device)
 
+    def passed(self) -> torch.Tensor:
+        """The output of one pass over the past."""
+        if self._layer.kept is not None:
+            self._set_length(self._layer.kept, self.job.case.shape.past)
+        found: torch.Tensor = self._compiled(self._states)
+        return found
+
+    def remember(self) -> None:
+        """Put the past into the cache, if there is one."""
+        job = self.job
+        if job.case.shape.past:
+            from memladder.models import past
+
+            held = past.ensure(job.config, job.cache_dir, job.case.shape.past, job.seed)
+            past.fill(held, self._layer.kept, job.case.shape.past)
+
     def output(self) -> np.ndarray:
-        """The last pass's output, on the host."""
+        """A pass's output, on the host. With a past it is a pass of its own: a window that is full
+        has moved on with each pass before."""
+        if self.job.case.shape.past:
+            self.remember()
+            self.run()
         assert self._output is not None
         found: np.ndarray = self._output.float().cpu().numpy()
         return found
 
     def settings(self) -> Mapping[str, Setting]:
         """How the layer is compiled, and in what dtype it computes."""
-        attention = "sdpa" if self.job.config.model == "llama" else "eager"
         return {
             "backend": "inductor",
             "fullgraph": True,
             "dynamic": False,
             "inference_mode": True,
-            "attention": attention,
+            "attention": self._attention,
             "dtype": str(self._dtype).removeprefix("torch."),
             "dtype_reason": self._dtype_reason,
             "empty_cache_after_first_run": self._device.type == "cuda",
@@ -212,9 +246,13 @@ class InductorSession(Session):
             **self.held(),
             "buffers": sum(tensor.nbytes for tensor in self._layer.buffers(recurse=False)),
         }
-        if self._device.type == "cuda":
-            found |= self._readings.categories()
-        return found
+        if self._layer.kept is not None:
+            found["kv_cache"] = self._layer.kept.keys.nbytes + self._layer.kept.values.nbytes
+        return {**found, **self.allocated()}
+
+    def allocated(self) -> Mapping[str, int]:
+        """What CUDA's caching allocator hands out and holds."""
+        return self._readings.categories() if self._device.type == "cuda" else {}
 
     def begin_steady(self) -> None:
         """On CUDA the allocator's peaks begin anew."""

@@ -19,7 +19,7 @@ from memladder.core.record import Check, StructureCheck
 from memladder.core.serial import StrEnum
 from memladder.core.text import clean, cleaned
 from memladder.frameworks._shared.base import Job, Setting
-from memladder.models import LayerConfig
+from memladder.models import LayerConfig, ModelConfig
 
 GO_ON = b"go on\n"
 AGAIN = b"again\n"
@@ -44,15 +44,16 @@ class JobText:
     config: LayerConfig
     cache_dir: str
     seed: int
+    model: ModelConfig | None = None
 
     @classmethod
     def of(cls, job: Job) -> JobText:
         """The travelling form of a job."""
-        return cls(job.case, job.config, str(job.cache_dir), job.seed)
+        return cls(job.case, job.config, str(job.cache_dir), job.seed, job.model)
 
     def job(self) -> Job:
         """The job that was sent."""
-        return Job(self.case, self.config, Path(self.cache_dir), self.seed)
+        return Job(self.case, self.config, Path(self.cache_dir), self.seed, self.model)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ read by `catalogue`, which has transformers describe it.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 from collections.abc import Mapping
@@ -29,6 +30,7 @@ from memladder.models.config import (
     LayerOutline,
     ModelConfig,
     Shapes,
+    Subject,
     count_elements,
 )
 
@@ -39,9 +41,13 @@ __all__ = [
     "LayerOutline",
     "ModelConfig",
     "Shapes",
+    "Subject",
     "Widths",
     "cache_geometry",
+    "class_name",
+    "count_elements",
     "definition",
+    "has_alibi",
     "hidden_size",
     "layer_config",
     "load_json",
@@ -49,11 +55,13 @@ __all__ = [
     "narrow_config",
     "outline",
     "parameters",
+    "quantization",
     "require_fixed_positions",
     "tensor_shapes",
     "widths",
 ]
 
+ALIBI_FAMILIES = ("bloom", "mpt")
 FIXED_ROPE_TYPES = ("default", "linear", "llama3")
 _MAX_CONFIG_BYTES = 16 << 20
 
@@ -69,6 +77,7 @@ class Widths:
     positions: int
 
 
+@functools.cache
 def names() -> tuple[str, ...]:
     """Keys of all models, sorted."""
     return entries(families.__path__)
@@ -103,23 +112,10 @@ def layer_config(model: str, path: Path | None = None) -> LayerConfig:
             f"{path}: model_type is {found[:40]!r} where {model!r} was asked for; "
             f"known: {', '.join(names())}"
         )
-    _refuse_quantised(path, raw)
     try:
         return LayerConfig(model, module.read(raw))
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
-
-
-def _refuse_quantised(path: Path, raw: Mapping[str, Any]) -> None:
-    """Raise ConfigError for a model whose weights are in a number format already."""
-    for key in ("quantization_config", "compression_config"):
-        given = raw.get(key)
-        if given:
-            method = given.get("quant_method") if isinstance(given, dict) else None
-            raise ConfigError(
-                f"{path}: {key} says that the weights are quantised already, by "
-                f"{str(method)[:40]!r}; wanted: a model in float16, bfloat16 or float32"
-            )
 
 
 def narrow_config(model: str) -> LayerConfig:
@@ -157,6 +153,22 @@ def widths(config: LayerConfig) -> Widths:
     return found
 
 
+def class_name(family: str) -> str:
+    """The class of transformers' causal language model of a family. Imports transformers for
+    those that have no file in `families`."""
+    if family in names():
+        return str(definition(family).CLASS_NAME)
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return str(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family])
+
+
+def has_alibi(config: LayerConfig) -> bool:
+    """Are positions told by ALiBi: a number that is added to each score?"""
+    given = config.values.get("alibi")
+    return bool(given) or config.model in ALIBI_FAMILIES
+
+
 def require_fixed_positions(config: LayerConfig) -> None:
     """Raise UnavailableError where positions are not the same for all lengths of a sequence, or
     their tables scale attention: no program for all lengths can have them."""
@@ -179,6 +191,17 @@ def parameters(config: LayerConfig) -> int:
     (855654400, 2466437120)
     """
     return count_elements(tensor_shapes(config))
+
+
+def quantization(raw: Mapping[str, Any]) -> tuple[str, str] | None:
+    """Where a `config.json` says that its checkpoint is quantised, and by which method; None where
+    it says nothing of it."""
+    for key in ("quantization_config", "compression_config"):
+        given = raw.get(key)
+        if given:
+            method = given.get("quant_method") if isinstance(given, Mapping) else None
+            return key, str(method)[:40]
+    return None
 
 
 def load_json(path: Path) -> dict[str, Any]:

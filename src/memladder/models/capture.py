@@ -20,6 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+# Here, and not where it is used: that is traced, and torch 2.11 refuses lazy packages there.
+from transformers.cache_utils import Cache
+
 from memladder.core.case import MAX_LAYERS, Workload
 from memladder.core.errors import ConfigError
 
@@ -43,7 +46,7 @@ class Call:
         return found
 
     def replaced(self, tensors: Mapping[str, Tensor], cache: Any = None) -> Call:
-        """The same call with other tensors, and another cache where it passes one."""
+        """The same call with other tensors, and `cache` where it passes one."""
         args = tuple(_put(str(i), x, tensors, cache) for i, x in enumerate(self.args))
         kwargs = {name: _put(name, x, tensors, cache) for name, x in self.kwargs.items()}
         return Call(args, kwargs)
@@ -63,12 +66,10 @@ def _walk(place: str, value: Any, found: dict[str, Tensor]) -> None:
 
 
 def _put(place: str, value: Any, tensors: Mapping[str, Tensor], cache: Any) -> Any:
-    from transformers import Cache
-
     if isinstance(value, Tensor):
         return tensors[place]
     if isinstance(value, Cache):
-        return cache
+        return value if cache is None else cache
     if isinstance(value, Mapping):
         return {key: _put(f"{place}.{key}", x, tensors, cache) for key, x in value.items()}
     if isinstance(value, tuple | list):
@@ -142,7 +143,7 @@ class Decoder:
         states = one.expand(workload.batch_size, workload.seq_len, self.embedding_size)
         given = {"inputs_embeds": states, "use_cache": past is not None}
         if past is not None:
-            given[_cache_name(self.model)] = past
+            given[cache_name(self.model)] = past
         with _outside_filled(self, dtype, device), torch.no_grad(), _quiet():
             return _recorded(self.model, self.blocks, given)
 
@@ -174,6 +175,14 @@ def text_config(family: str, values: Mapping[str, Any]) -> Any:
         config.hidden_size = hidden
         return config
     return AutoConfig.for_model(family, **kept)
+
+
+def import_family(family: str) -> None:
+    """Load the code of a family's causal language model, and nothing else."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[family]]
 
 
 def call_block(block: nn.Module, states: Tensor, call: Call) -> Tensor:
@@ -280,6 +289,17 @@ def _pretend(layer: Any, workload: Workload, dtype: torch.dtype) -> None:
     set_length(layer, workload.past)
 
 
+PLACES = frozenset(("layer_idx", "layer_id", "layer_number", "layer_index", "block_idx"))
+"""How layers name their own place in a model."""
+
+
+def rename_place(block: nn.Module, number: int) -> None:
+    """Let a layer take itself for the layer of that number."""
+    for module in block.modules():
+        for name in PLACES & vars(module).keys():
+            setattr(module, name, number)
+
+
 def set_length(layer: Any, tokens: int) -> None:
     """Let a static cache's layer hold so many tokens."""
     layer.cumulative_length.fill_(tokens)
@@ -287,7 +307,7 @@ def set_length(layer: Any, tokens: int) -> None:
         layer.cumulative_length_int = tokens
 
 
-def _cache_name(model: Any) -> str:
+def cache_name(model: Any) -> str:
     """transformers 5.24 gave the argument another name."""
     names = inspect.signature(model.forward).parameters
     return "cache" if "cache" in names else "past_key_values"

@@ -124,6 +124,12 @@ class ModelConfig:
         return _digest([self.family, self.values])
 
     @property
+    def around_config(self) -> LayerConfig:
+        """What is around the layers, described as if it were one more of them."""
+        outline = LayerOutline(self.hidden_size, self.around, CacheGeometry())
+        return LayerConfig(self.family, self.values, self.layer_count, outline)
+
+    @property
     def usual(self) -> LayerConfig:
         """The first layer of the most frequent group."""
         return max(self.layers, key=lambda group: group.count).layer
@@ -134,6 +140,18 @@ class ModelConfig:
             if number in group.numbers:
                 return group.layer
         raise ConfigError(f"there are layers 0 … {self.layer_count - 1}, not {number}")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is measured of a model: a layer, or with `model` the whole or some of its layers.
+
+    `note` tells what of its configuration was left out.
+    """
+
+    config: LayerConfig
+    model: ModelConfig | None = None
+    note: str | None = None
 
 
 def count_elements(shapes: Shapes) -> int:

@@ -36,8 +36,6 @@ from memladder.models.config import (
 _SHAPE = Workload(2, 5)
 # A window that is as long as the longest sequence is none.
 _LONG = 1 << 40
-# How layers name their own place, which makes no layer another one.
-_PLACES = frozenset(("layer_idx", "layer_id", "layer_number", "layer_index", "block_idx"))
 _TEXT_PARTS = ("text_config", "llm_config", "language_config", "thinker_config")
 
 
@@ -54,6 +52,7 @@ def describe(raw: Mapping[str, Any]) -> ModelConfig:
     head = decoder.model.get_output_embeddings()
     config = decoder.config
     positions = getattr(config, "max_position_embeddings", None)
+    quantised = models.quantization(raw)
     return ModelConfig(
         family=family,
         class_name=type(decoder.model).__name__,
@@ -64,7 +63,7 @@ def describe(raw: Mapping[str, Any]) -> ModelConfig:
         max_positions=positions if isinstance(positions, int) else None,
         layers=groups,
         around={name: tuple(value.shape) for name, value in decoder.around().items()},
-        quantization=_quantization(raw),
+        quantization=None if quantised is None else quantised[1],
         note=note,
     )
 
@@ -98,14 +97,6 @@ def _kept(values: Mapping[str, Any]) -> dict[str, Any]:
     kept = {k: v for k, v in values.items() if not k.startswith("_") and k not in dropped}
     kept.pop("model_type", None)
     return kept
-
-
-def _quantization(raw: Mapping[str, Any]) -> str | None:
-    given = raw.get("quantization_config")
-    if given is None:
-        return None
-    method = given.get("quant_method") if isinstance(given, Mapping) else None
-    return method[:40] if isinstance(method, str) else "unnamed"
 
 
 def _groups(decoder: Decoder, family: str, values: Mapping[str, Any]) -> tuple[LayerGroup, ...]:
@@ -146,7 +137,7 @@ def _nature(block: nn.Module) -> Iterator[str]:
         yield f"{name}: {type(module).__name__}"
         for attribute, value in sorted(vars(module).items()):
             plain = isinstance(value, bool | int | float | str) or value is None
-            if plain and attribute not in _PLACES and not attribute.startswith("_"):
+            if plain and attribute not in capture.PLACES and not attribute.startswith("_"):
                 yield f"{name}.{attribute}={value}"
 
 

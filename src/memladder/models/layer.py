@@ -14,7 +14,6 @@ from safetensors import safe_open
 from torch import nn
 
 from memladder.core.case import Workload
-from memladder.core.errors import UnavailableError
 from memladder.models import LayerConfig, cache_geometry, capture, tensor_shapes
 from memladder.models.capture import Call, Decoder
 
@@ -26,14 +25,17 @@ class Block(nn.Module):
     """hidden_states [batch_size, seq_len, hidden_size] to the same, causal.
 
     What the model around the layer would pass at every call (rotary cos and sin; ALiBi and the
-    causal mask) is kept as buffers. With a past, `cache` is transformers' own, and the layer's
-    part of it has room for past and new tokens.
+    causal mask) is kept as buffers. `attention` is how transformers computes it. With a past,
+    `cache` is transformers' own, and `kept` the layer's part of it, with room for past and new
+    tokens.
     """
 
-    def __init__(self, block: nn.Module, call: Call, cache: Any = None):
+    def __init__(self, block: nn.Module, call: Call, attention: str, cache: Any = None):
         super().__init__()
+        self.attention = attention
         self.block = block
         self.cache = cache
+        self.kept: Any = None
         self._call = call
         self._buffer_of = {place: "passed_" + place.replace(".", "_") for place in call.tensors()}
         for place, tensor in call.tensors().items():
@@ -72,10 +74,8 @@ def build(
     assert found == dict(tensor_shapes(config)), "the outline and transformers disagree"
     call = whole.calls(workload, dtype)[config.number]
     kept = {place: _once(place, tensor) for place, tensor in call.tensors().items()}
-    made = Block(block, call.replaced(kept))
-    if workload.past:
-        made.cache = whole.static_cache(workload.length)
-    return made
+    held = whole.static_cache(workload.length) if workload.past else None
+    return Block(block, call.replaced(kept), whole.attention, held)
 
 
 def load(
@@ -94,32 +94,26 @@ def load(
         put(layer, name, tensor)
     gc.collect()
     layer.to(device)
-    allocate(layer, config, workload, dtype, device)
+    if layer.cache is not None:
+        layer.kept = layer.cache.layers[config.number]
+        allocate(layer.kept, config, workload, dtype, device)
     return layer
 
 
 def allocate(
-    layer: Block,
-    config: LayerConfig,
-    workload: Workload,
-    dtype: torch.dtype,
-    device: torch.device,
+    kept: Any, config: LayerConfig, workload: Workload, dtype: torch.dtype, device: torch.device
 ) -> None:
-    """Make room for past and new tokens in the layer's cache, if it has one.
-
-    Raises UnavailableError for a layer that keeps a state instead.
-    """
-    if layer.cache is None:
-        return
+    """Make room for past and new tokens in a static cache's layer."""
     geometry = cache_geometry(config)
-    if geometry.recurrent:
-        raise UnavailableError("this layer keeps a state of fixed size, and no keys and values")
     heads = (workload.batch_size, geometry.kv_heads, 0)
-    kept = layer.cache.layers[config.number]
     kept.lazy_initialization(
         torch.empty(*heads, geometry.key_size, dtype=dtype, device=device),
         torch.empty(*heads, geometry.value_size, dtype=dtype, device=device),
     )
+    for tensor in (kept.keys, kept.values, kept.cumulative_length):
+        # What transformers marks as of one address would be compiled anew for each layer.
+        if hasattr(tensor, "_dynamo_static_input_type"):
+            del tensor._dynamo_static_input_type
 
 
 def put(layer: Block, name: str, tensor: torch.Tensor) -> None:

@@ -98,12 +98,35 @@ def hidden_states(config: LayerConfig, shape: Workload, seed: int) -> np.ndarray
     return states
 
 
+def past_states(config: LayerConfig, tokens: int, seed: int) -> np.ndarray:
+    """The layer's inputs of earlier passes: standard normal float16 [1, tokens, hidden_size].
+
+    All sequences of a batch have the same past.
+    """
+    states = np.empty((1, tokens, hidden_size(config)), np.float16)
+    _fill(states, seed, "past_states")
+    return states
+
+
 def fill_hidden_states(states: np.ndarray, seed: int) -> None:
     """Write the hidden states of the seed over a contiguous float16 array of their size."""
+    _fill(states, seed, "hidden_states")
+
+
+def sequence_states(config: LayerConfig, workload: Workload, seed: int) -> np.ndarray:
+    """Past and new hidden states of whole sequences: float16 [batch_size, length, hidden_size]."""
+    new = hidden_states(config, workload, seed)
+    if not workload.past:
+        return new
+    past = past_states(config, workload.past, seed)
+    return np.concatenate([np.repeat(past, workload.batch_size, axis=0), new], axis=1)
+
+
+def _fill(states: np.ndarray, seed: int, name: str) -> None:
     flat = states.reshape(-1)
     for chunk in range(-(-flat.size // _CHUNK)):
         part = flat[chunk * _CHUNK : (chunk + 1) * _CHUNK]
-        part[:] = _normal(seed, "hidden_states", chunk, part.size)
+        part[:] = _normal(seed, name, chunk, part.size)
 
 
 def _fits(path: Path, config: LayerConfig, seed: int) -> bool:
@@ -146,11 +169,12 @@ def _write_chunk(file: int, name: str, entry: Entry, seed: int, chunk: int) -> i
     start = chunk * _CHUNK * _ITEM_BYTES
     size = min(_CHUNK, (entry.length - start) // _ITEM_BYTES)
     values = _normal(seed, name, chunk, size)
-    if len(entry.shape) == 2:
-        values *= np.float32(1 / math.sqrt(entry.shape[1]))
+    if len(entry.shape) > 1:
+        values *= np.float32(1 / math.sqrt(entry.shape[-1]))
     else:
         values *= np.float32(0.1)
-        if name.endswith("norm.weight"):
+        # A norm's: no other vector is called a weight.
+        if name.endswith("weight"):
             values += np.float32(1)
     data = values.astype("<f2").tobytes()
     written = 0

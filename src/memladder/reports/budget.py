@@ -112,6 +112,8 @@ def _budget(record: Record) -> Budget:
     try:
         if record.layer is None:
             raise RecordError("it names no layer")
+        if record.case.whole or record.case.shape.past:
+            raise RecordError("a budget is of a layer alone, without a past")
         kind = formats.get(str(record.settings["weight_format"]))
         config = LayerConfig(record.case.model, record.layer.config)
         return budget(config, record.case.shape, kind)

@@ -10,6 +10,7 @@ from memladder.core.errors import UsageError
 from memladder.core.record import Status
 from memladder.environments import ask
 from memladder.frameworks._shared.base import Availability
+from memladder.models import catalogue
 
 
 def availability(framework: str, device: str) -> Availability:
@@ -18,8 +19,12 @@ def availability(framework: str, device: str) -> Availability:
 
 
 def parse_models(text: str) -> tuple[str, ...]:
-    """Comma-separated model names. Raises UsageError."""
-    return _parse_names("model", text, models.names())
+    """Comma-separated models: names, or paths to a `config.json`. Raises UsageError."""
+    found = tuple(dict.fromkeys(_parts("model", text)))
+    for one in found:
+        if one not in models.names():
+            catalogue.config_path(one)
+    return found
 
 
 def parse_frameworks(text: str, first: Iterable[str] = ()) -> tuple[str, ...]:
@@ -45,11 +50,12 @@ def select(
     framework_names: Iterable[str],
     shapes: Iterable[Workload],
     device: str,
+    layers: int | str = 1,
 ) -> tuple[Case, ...]:
     """The cases in the order they are measured: by model, then framework, smallest shape first."""
-    in_order = sorted(shapes, key=lambda shape: shape.tokens)
+    in_order = sorted(shapes, key=lambda shape: (shape.tokens, shape.past))
     return tuple(
-        Case(model, framework, shape, device)
+        Case(model, framework, shape, device, layers)
         for model in model_names
         for framework in framework_names
         for shape in in_order

@@ -185,6 +185,12 @@ def _described(path: Path) -> tuple[LayerConfig, int]:
     if not isinstance(model, str) or model not in models.names():
         known = ", ".join(models.names())
         raise ConfigError(f"{path}: model_type {str(model)[:40]!r} is not one of {known}")
+    quantised = models.quantization(raw)
+    if quantised is not None:
+        raise ConfigError(
+            f"{path}: {quantised[0]} says that the weights are quantised already, by "
+            f"{quantised[1]!r}; wanted: a model in float16, bfloat16 or float32"
+        )
     try:
         count = fields.size(raw, "num_hidden_layers", "n_layer")
     except ConfigError as error:

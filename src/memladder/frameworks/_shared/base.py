@@ -9,9 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from memladder.core.case import Case
+from memladder.core.case import ALL, Case
 from memladder.core.plan import CompilerPlan
-from memladder.models import LayerConfig, parameters, tensor_shapes
+from memladder.models import (
+    LayerConfig,
+    ModelConfig,
+    Subject,
+    cache_geometry,
+    names,
+    parameters,
+    tensor_shapes,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -38,12 +46,46 @@ class Availability:
 
 @dataclass(frozen=True)
 class Job:
-    """A case made concrete: the layer's configuration and where caches live."""
+    """A case made concrete: the layer's configuration and where caches live.
+
+    `model` is there where the case is of a whole model or some of its layers; `config` is then the
+    usual one of them. `note` tells what of a configuration was left out.
+    """
 
     case: Case
     config: LayerConfig
     cache_dir: Path
     seed: int = 0
+    model: ModelConfig | None = None
+    note: str | None = None
+
+    @classmethod
+    def of(cls, case: Case, subject: Subject, cache_dir: Path, seed: int = 0) -> Job:
+        """The job of a case."""
+        return cls(case, subject.config, cache_dir, seed, subject.model, subject.note)
+
+    @property
+    def digest(self) -> str:
+        """12 hexadecimal digits of what is run."""
+        return (self.model or self.config).digest
+
+    @property
+    def layer_count(self) -> int:
+        """Decoder layers that run."""
+        if self.model is None or self.case.layers == ALL:
+            return 1 if self.model is None else self.model.layer_count
+        return int(self.case.layers)
+
+    @property
+    def groups(self) -> tuple[tuple[int, LayerConfig], ...]:
+        """How many layers run of each kind."""
+        if self.model is None:
+            return ((1, self.config),)
+        counts = (
+            (sum(number < self.layer_count for number in group.numbers), group.layer)
+            for group in self.model.layers
+        )
+        return tuple((count, layer) for count, layer in counts if count)
 
 
 @dataclass(frozen=True)
@@ -133,8 +175,9 @@ class Session(ABC):
     def categories(self) -> Mapping[str, int]:
         """Bytes that only the framework can know: `weights`, allocator statistics, arenas.
 
-        `weights`, the layer's parameters as they are held, is compared with what they take in the
-        row's format (`Framework.weight_bytes`); what is held beside the layer has other names.
+        `weights`, the layers' parameters as they are held, is compared with what they take in the
+        row's format (`Framework.weight_bytes`), and `kv_cache` with the cache's closed form
+        (`Framework.cache_bytes`); what is held beside the layers has other names.
         """
 
 
@@ -145,12 +188,18 @@ class Framework(ABC):
     """Label in tables and figures."""
     packages: tuple[str, ...]
     """Distributions whose versions belong into the record."""
+    wholes: bool = False
+    """Whether it runs whole models: embeddings, several layers, head."""
+    pasts: bool = False
+    """Whether it runs over a key-value cache of earlier tokens."""
+    any_family: bool = False
+    """Whether it runs any family that transformers describes, and not only those of `models`."""
     variables: tuple[str, ...] = ()
     """Environment variables that change what it runs or takes, as a shell's patterns: `VLLM_*`.
     They belong into the record, and two environments that differ in them are not the same."""
     rounds_as_layer: bool = True
     """Whether scores are rounded as the layer itself rounds them: to its dtype, which shows where
-    BLOOM's positions are large (`models.reference.rounding`)."""
+    BLOOM's positions are large (`models.reference.output`)."""
 
     @abstractmethod
     def availability(self, device: str) -> Availability:
@@ -186,7 +235,32 @@ class Framework(ABC):
         A session that holds other bytes ignored its format, and its row is a failure. Runs in the
         worker. By default two bytes a parameter; `packed_bytes` counts quantised matrices.
         """
-        return 2 * parameters(job.config)
+        return sum(2 * count * parameters(config) for count, config in job.groups)
+
+    def cache_bytes(self, job: Job) -> int:
+        """Bytes of the key-value cache, in closed form; 0 without a past.
+
+        A session that has another `kv_cache` did not keep the past, and its row is a failure. By
+        default two bytes a number, as transformers keeps a layer's.
+        """
+        if not job.case.shape.past:
+            return 0
+        return sum(
+            2 * count * cache_geometry(config).elements(job.case.shape)
+            for count, config in job.groups
+        )
+
+    def refuses(self, job: Job) -> str | None:
+        """Why this framework can't run the job's scope, past or family; None where it can."""
+        if job.case.whole and not self.wholes:
+            return f"{self.title} runs single layers here, not whole models"
+        if job.case.shape.past and not self.pasts:
+            return f"{self.title} has no key-value cache here, so no past"
+        if job.config.outline is not None and not self.any_family:
+            return (
+                f"{self.title} runs layers of {' and '.join(names())} here, not {job.config.model}"
+            )
+        return None
 
     def plan(self, job: Job) -> tuple[CompilerPlan, Mapping[str, Setting]]:
         """Compile the job for another device, and what is needed to repeat that.

@@ -9,11 +9,13 @@ is a reading of that state and of no other.
 from __future__ import annotations
 
 import gc
+import math
 import os
 import sys
 import time
 import traceback
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from memladder import frameworks
 from memladder.core.errors import MemladderError, UnavailableError
@@ -39,6 +41,9 @@ from memladder.meter.protocol import (
     one_line,
 )
 from memladder.models import tensor_shapes
+
+if TYPE_CHECKING:
+    import numpy as np
 
 # A pass that takes so long is not repeated: the first run is the steady phase (`Story.spans`).
 _LONG_PASS_S = 15.0
@@ -164,6 +169,13 @@ def _held_weights(framework: Framework, job: Job, categories: Mapping[str, int])
             f"the weights take {format_bytes(held)} where those of {framework.title} take "
             f"{format_bytes(expected)}: they are in another format"
         )
+    cache = categories.get("kv_cache", 0)
+    wanted = framework.cache_bytes(job)
+    if job.case.shape.past and not weights_fit(cache, wanted):
+        raise WrongFormatError(
+            f"the key-value cache takes {format_bytes(cache)} where {job.case.shape} takes "
+            f"{format_bytes(wanted)} under {framework.title}"
+        )
     return held, expected
 
 
@@ -210,6 +222,7 @@ def _checked(framework: Framework, job: Job) -> Checked:
         held,
         expected_bytes,
         _differing(structure, job),
+        job.layer_count,
     )
     return Checked((), dict(session.settings()), found)
 
@@ -235,39 +248,59 @@ def _differing(structure: Structure, job: Job) -> tuple[str, ...]:
 
 def _compared(framework: Framework, job: Job, session: Session) -> Checked:
     """The session's output held against the reference's."""
-    from memladder.models import reference, weights
+    from memladder.models import reference
 
-    path = weights.ensure(job.config, job.cache_dir, job.seed)
-    true = reference.output(job.config, path, job.case.shape, job.seed)
+    true = _expected(job)
     own = framework.reference(job)
     expected = true if own is None else own
     output = session.output()
     if output.shape != expected.shape:
         raise ValueError(f"output has shape {output.shape}, the reference {expected.shape}")
     settings = dict(session.settings())
-    bound = framework.tolerance(job.case.device)
+    # What each layer rounds adds up as noise does.
+    bound = framework.tolerance(job.case.device) * math.sqrt(job.layer_count + job.case.whole)
+    length = output.shape[1]
     most_lost = None
     if own is not None:
-        most_lost = _ALONE * reference.absent(job.config, job.case.shape, job.seed, true)
+        # Of a whole model the worst is to say nothing.
+        nothing = 1.0
+        if job.model is None:
+            nothing = reference.absent(job.config, job.case.shape, job.seed, true)
         explained = framework.quantisation_tolerance(job)
+        most_lost = _ALONE * nothing
         most_lost = most_lost if explained is None else min(most_lost, explained)
 
     def check(tokens: int, tolerance: float) -> Check:
         found = output[:, :tokens]
         error = reference.error(found, expected[:, :tokens])
         lost = None if own is None else reference.error(found, true[:, :tokens])
-        return Check(job.case.model, job.case.shape, tokens, error, tolerance, lost, most_lost)
+        case, layers = job.case, job.layer_count
+        return Check(case.model, case.shape, tokens, error, tolerance, lost, most_lost, layers)
 
-    whole = check(job.case.shape.seq_len, bound)
+    whole = check(length, bound)
     dtype = settings.get("dtype")
     if not whole.agrees and framework.rounds_as_layer and isinstance(dtype, str):
-        # The layer itself may be no closer to float32 in this dtype: `reference.rounding` says why.
-        least = reference.rounding(job.config, path, job.case.shape, job.seed, dtype, true)
-        whole = check(job.case.shape.seq_len, max(bound, _OWN_ROUNDINGS * least))
+        # The layer itself may be no closer to float32 in this dtype: `reference.output` says why.
+        least = reference.error(_expected(job, dtype), true)
+        whole = check(length, max(bound, _OWN_ROUNDINGS * least))
     # Else the whole output had to meet the plain bound.
-    if not framework.rounds_as_layer or job.case.shape.seq_len <= _HEAD_TOKENS:
+    if not framework.rounds_as_layer or length <= _HEAD_TOKENS:
         return Checked((whole,), settings)
     return Checked((whole, check(_HEAD_TOKENS, bound)), settings)
+
+
+def _expected(job: Job, dtype: str = "float32") -> np.ndarray:
+    """What the layer, or the model, computes in a dtype, uncompiled."""
+    import torch
+
+    from memladder.models import reference, weights, whole
+
+    kind = getattr(torch, dtype)
+    if job.model is not None:
+        source = whole.Source(job.model, job.layer_count, job.cache_dir, job.seed)
+        return whole.reference(source, job.case.shape, kind)
+    path = weights.ensure(job.config, job.cache_dir, job.seed)
+    return reference.output(job.config, path, job.case.shape, job.seed, kind)
 
 
 def failure(error: BaseException) -> Failure:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 from memladder import frameworks, models
 from memladder.core import devices
-from memladder.core.case import Case, Workload
+from memladder.core.case import ALL, Case, Workload
 from memladder.core.devices import UNKNOWN, Device
 from memladder.core.errors import RecordError, UnavailableError, UsageError, WorkerError
 from memladder.core.record import (
@@ -31,12 +31,14 @@ from memladder.meter.outside.patience import watched
 from memladder.meter.outside.samples import Span
 from memladder.meter.outside.watch import Limits, Problem, Story
 from memladder.meter.protocol import JobText, Mode, Order
+from memladder.models import catalogue
 
 __all__ = ["STEADY_S", "Event", "Limits", "measure", "run_once", "unavailable", "verify"]
 
 STEADY_S = 2.0
 # One token, several rows, and a long sequence: each takes other kernels.
 VERIFIED_SHAPES = (Workload(1, 1), Workload(32, 1), Workload(1, 4096))
+VERIFIED_PAST = Workload(2, 5, past=11)
 _ITEM_BYTES = 2
 # No CUDA context is this small; a case with less did not run on the device.
 _LEAST_CONTEXT = 32 * MIB
@@ -103,6 +105,9 @@ def measure(
     found = ask.availability(case.framework, framework, case.device)
     if not found.available:
         return unavailable(case, found, framework)
+    refused = framework.refuses(job)
+    if refused is not None:
+        return unavailable(case, Availability(False, found.version, refused), framework)
     device = devices.device(case.device)
     variables = framework.environment(case)
     module = module or frameworks.module(case.framework)
@@ -209,6 +214,7 @@ def verify(
         for model in model_names or models.names()
         for shape in shapes
     ]
+    jobs += _scopes(jobs, framework)
     variables = framework.environment(jobs[0].case)
     order = Order(
         Mode.VERIFY,
@@ -229,6 +235,23 @@ def verify(
         settings={**story.checked[-1].settings, **variables},
         environment=environment.describe(jobs[0].case, framework),
     )
+
+
+def _scopes(jobs: Sequence[Job], framework: Framework) -> list[Job]:
+    """A layer over a past, and a whole model without and with one, where the framework runs them:
+    one each for every model."""
+    found = []
+    for job in {job.case.model: job for job in jobs}.values():
+        over = replace(job, case=replace(job.case, shape=VERIFIED_PAST))
+        if framework.pasts:
+            found.append(over)
+        if framework.wholes:
+            model = catalogue.narrow(job.case.model, job.cache_dir)
+            whole = replace(over, model=model, case=replace(over.case, layers=ALL))
+            found.append(replace(whole, case=replace(whole.case, shape=Workload(2, 5))))
+            if framework.pasts:
+                found.append(whole)
+    return found
 
 
 @dataclass(frozen=True)
@@ -326,13 +349,16 @@ def _foreign(story: Story, source: Source) -> tuple[ForeignProcess, ...]:
 
 
 def _facts(job: Job) -> LayerFacts:
-    parameters = models.parameters(job.config)
+    around = 0 if job.model is None else models.count_elements(job.model.around)
+    layers = sum(count * models.parameters(config) for count, config in job.groups)
     return LayerFacts(
-        config=job.config.values,
-        digest=job.config.digest,
-        parameters=parameters,
-        weight_bytes=_ITEM_BYTES * parameters,
+        config=(job.model or job.config).values,
+        digest=job.digest,
+        parameters=around + layers,
+        weight_bytes=_ITEM_BYTES * (around + layers),
         seed=job.seed,
+        layers=job.layer_count,
+        note=job.note,
     )
 
 

@@ -15,7 +15,7 @@ from memladder.core.record import Record, Status, Verification
 from memladder.frameworks._shared.base import Job
 from memladder.meter import environment
 from memladder.meter.outside import runner
-from memladder.models import LayerConfig
+from memladder.models import Subject
 from memladder.sweeps.cases import availability
 from memladder.sweeps.store import Contents, Store
 
@@ -76,12 +76,12 @@ class Outcome:
 
 def sweep(
     cases: Sequence[Case],
-    configs: Mapping[str, LayerConfig],
+    subjects: Mapping[str, Subject],
     store: Store,
     options: SweepOptions,
     view: View,
 ) -> Outcome:
-    """Measure `cases` into `store`, which the caller has locked. `configs` is by model."""
+    """Measure `cases` into `store`, which the caller has locked. `subjects` is by model."""
     contents = store.read()
     for path, reason in contents.foreign.items():
         kept = store.set_aside(path)
@@ -99,7 +99,7 @@ def sweep(
             except MemladderError as error:
                 unverified.append(name)
                 view.warning(f"{name} could not be verified: {error}")
-        job = Job(case, configs[case.model], options.cache_dir, options.seed)
+        job = Job.of(case, subjects[case.model], options.cache_dir, options.seed)
         started = time.monotonic()
         known = None if options.fresh else _known(job, contents, options)
         if known is None:
@@ -134,7 +134,7 @@ def _known(job: Job, contents: Contents, options: SweepOptions) -> Record | None
         if (
             record.case == job.case
             and record.layer is not None
-            and (record.layer.digest, record.layer.seed) == (job.config.digest, job.seed)
+            and (record.layer.digest, record.layer.seed) == (job.digest, job.seed)
             and record.status in _FINAL
             and record.status not in options.retry
             and (record.status is not Status.MEASURED or len(record.runs) >= options.repeats)
