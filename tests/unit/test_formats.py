@@ -82,7 +82,10 @@ def test_defaults_are_not_written_and_order_does_not_matter() -> None:
         ("INT4", f"unknown format 'INT4'; known: {', '.join(formats.names())}"),
         ("int4\nx", f"unknown format 'int4\\nx'; known: {', '.join(formats.names())}"),
         ("x" * 999, f"unknown format '{'x' * 40}'; known: {', '.join(formats.names())}"),
-        ("int4:a=1", "format int4 has no parameter 'a'; its parameters: group_size, zero_point"),
+        (
+            "int4:a=1",
+            "format int4 has no parameter 'a'; its parameters: group_size, zero_point, search",
+        ),
         ("mxfp4:block=16", "format mxfp4 has no parameter 'block'; it has none"),
         ("int4:group_size=96", "group_size 96 is not a power of two from 32 to 1024"),
         ("int2:group_size=16", "group_size 16 is not a power of two from 32 to 1024"),
@@ -300,3 +303,20 @@ def test_noise_on_normal_weights(spec: str, gaussian: np.ndarray) -> None:
     else:
         # Max knew the deviation; int2 fits its step to each group's own, which gains a little.
         assert sqnr == pytest.approx(SQNR[spec], abs=0.1 if spec == "int2" else 0.03)
+
+
+@pytest.mark.parametrize(("name", "gain_db"), [("int4", 1.0), ("nf4", 0.5)])
+def test_a_searched_scale_loses_less(name: str, gain_db: float) -> None:
+    """Least squares over a few starts, never worse than the absmax's; odd groups and zeros too."""
+    values = torch.randn(64, 1000, generator=torch.Generator().manual_seed(0))
+    values[3, :130] = 0
+    lost = {}
+    for spec in (name, f"{name}:search=true"):
+        kind = formats.get(spec)
+        assert str(kind) == spec
+        quantised = kind.quantise(values)
+        assert quantised.scales is not None
+        assert quantised.scales.isfinite().all()
+        lost[spec] = float((kind.dequantise(quantised) - values).square().sum())
+    assert 10 * math.log10(lost[name] / lost[f"{name}:search=true"]) > gain_db
+    assert not formats.get(f"{name}:search=true").dequantise(quantised)[3, :128].any()

@@ -43,8 +43,10 @@ __all__ = [
     "Subject",
     "Widths",
     "cache_geometry",
+    "class_name",
     "count_elements",
     "definition",
+    "has_alibi",
     "hidden_size",
     "layer_config",
     "load_json",
@@ -58,6 +60,7 @@ __all__ = [
     "widths",
 ]
 
+ALIBI_FAMILIES = ("bloom", "mpt")
 FIXED_ROPE_TYPES = ("default", "linear", "llama3")
 _MAX_CONFIG_BYTES = 16 << 20
 
@@ -146,6 +149,22 @@ def widths(config: LayerConfig) -> Widths:
     """Widths of what the layer computes."""
     found: Widths = definition(config.model).widths(config.values)
     return found
+
+
+def class_name(family: str) -> str:
+    """The class of transformers' causal language model of a family. Imports transformers for
+    those that have no file in `families`."""
+    if family in names():
+        return str(definition(family).CLASS_NAME)
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return str(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family])
+
+
+def has_alibi(config: LayerConfig) -> bool:
+    """Are positions told by ALiBi: a number that is added to each score?"""
+    given = config.values.get("alibi")
+    return bool(given) or config.model in ALIBI_FAMILIES
 
 
 def require_fixed_positions(config: LayerConfig) -> None:

@@ -9,6 +9,7 @@ blocks of rows. Where the columns are no multiple of the group, the last group o
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from typing import ClassVar
 
@@ -141,6 +142,32 @@ def grouped(values: Tensor, size: int) -> Tensor:
     rows, columns = values.shape
     values = functional.pad(values.float(), (0, -columns % size))
     return values.view(rows, -1, size)
+
+
+def searched(
+    blocks: Tensor, starts: Iterable[Tensor], rounded: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """float32 scales [rows, groups, 1] that lose least of blocks [rows, groups, size], of those
+    that least squares make of the starts.
+
+    `rounded` gives the nearest numbers of the format, before their scale, for blocks in units of a
+    scale. For the numbers q that a start leads to, the scale with the least Σ (w − s·q)² is
+    Σ w·q / Σ q²; what is lost is judged after rounding to it again, in float16.
+    """
+    best = lost = None
+    for start in starts:
+        numbers = rounded(blocks / start)
+        squares = numbers.square().sum(dim=-1, keepdim=True)
+        fitted = (blocks * numbers).sum(dim=-1, keepdim=True) / squares
+        scales = torch.where(fitted.isfinite() & (fitted.half() != 0), fitted, start).half().float()
+        error = (rounded(blocks / scales) * scales - blocks).square().sum(dim=-1, keepdim=True)
+        if best is None or lost is None:
+            best, lost = scales, error
+        else:
+            best = torch.where(error < lost, scales, best)
+            lost = torch.minimum(error, lost)
+    assert best is not None
+    return best
 
 
 def ungrouped(values: Tensor, columns: int) -> Tensor:
