@@ -11,7 +11,7 @@ from memladder.core.errors import UsageError
 from memladder.core.ledger import Entry, Known, summed
 from memladder.core.prediction import Prediction
 from memladder.frameworks._rules.question import Answer, Device, Question, UnpredictableError
-from memladder.frameworks.base import Framework
+from memladder.frameworks._shared.base import Framework
 from memladder.predictor.gpus import Gpu
 from memladder.predictor.headers import Checkpoint
 from memladder.predictor.model import Model
