@@ -22,7 +22,7 @@ reproduce: $(VENV)/.base
 test: setup $(VENV)/.dev
 	@failed=0; \
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal src tests/unit || failed=1; \
-	$(BIN)/python -m pytest tests/cpu || failed=1; \
+	$(BIN)/python -m pytest tests/cpu tests/browser || failed=1; \
 	exit $$failed
 
 test-slow: setup $(VENV)/.dev

@@ -11,6 +11,7 @@ read by `catalogue`, which has transformers describe it.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 from collections.abc import Mapping
@@ -76,6 +77,7 @@ class Widths:
     positions: int
 
 
+@functools.cache
 def names() -> tuple[str, ...]:
     """Keys of all models, sorted."""
     return entries(families.__path__)

@@ -108,11 +108,14 @@ def _margin(found: Answer, asked: Question, sizes: Mapping[str, int]) -> int:
     """How far the total may be off: what is closed form counts little."""
     sure = sum(sizes.get(name, 0) for name in ("weights", "scales", "embeddings", "kv_cache"))
     margin = round(found.spread * (sum(sizes.values()) - sure) + 0.001 * sure)
-    margin += found.spread_bytes
-    if not asked.device.is_cpu and not asked.device.context_measured:
-        near = asked.device.capability == _KNOWN_CAPABILITY
-        margin += _NEAR_SPREAD if near else _FAR_SPREAD
-    return margin
+    return margin + found.spread_bytes + context_spread(asked.device)
+
+
+def context_spread(device: Device) -> int:
+    """What an interval gains to either side where the device's context was not measured."""
+    if device.is_cpu or device.context_measured:
+        return 0
+    return _NEAR_SPREAD if device.capability == _KNOWN_CAPABILITY else _FAR_SPREAD
 
 
 def _as_stored(entries: list[Entry], held: Checkpoint, ranks: int) -> list[Entry]:
@@ -129,4 +132,12 @@ def rules() -> tuple[str, ...]:
     return frameworks.names()
 
 
-__all__ = ["CPU", "UnpredictableError", "answer", "device_of", "question", "rules"]
+__all__ = [
+    "CPU",
+    "UnpredictableError",
+    "answer",
+    "context_spread",
+    "device_of",
+    "question",
+    "rules",
+]
