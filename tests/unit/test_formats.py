@@ -42,6 +42,33 @@ def test_listing_formats_does_not_import_torch() -> None:
     assert found == f"{formats.names()} False\n"
 
 
+@pytest.mark.parametrize("name", formats.names())
+def test_what_a_format_says_of_itself(name: str) -> None:
+    kind = formats.get(name)
+    for attribute in ("activation", "is_row", "is_weight", "is_integer", "is_interleaved"):
+        assert formats.literal(name, attribute) == getattr(kind, attribute)
+    assert formats.get(kind.activation).is_activation
+    # The pairs of the paper's figure; all other weights are multiplied with fp16.
+    pairs = {"fp8": "fp8", "mxfp8": "mxfp8", "int1": "int8"}
+    assert kind.activation == pairs.get(name, "fp16")
+    # What tensor cores multiply, and the numbers that fill a byte: largest, mantissa, least step.
+    known = {"fp8": torch.float8_e4m3fn, "int8": torch.int8, "int1": torch.int8}
+    assert kind.operand == known.get(name, torch.float16)
+    bytes_of = {"fp8": (448, 3, 2**-9), "mxfp8": (448, 3, 2**-9), "int8": (127, 0, 1)}
+    found = kind.element_type
+    assert bytes_of.get(name) == (found and (found.top, found.mantissa, found.step))
+
+
+def test_a_formats_element_may_be_chosen() -> None:
+    wide = formats.get("fp8:element=e5m2")
+    assert wide.operand == torch.float8_e5m2
+    assert wide.element_type is not None
+    # OFP8: E5M2 has two bits of mantissa, its least subnormal is 2^-16.
+    assert (wide.element_type.mantissa, wide.element_type.step) == (2, 2**-16)
+    with pytest.raises(AttributeError, match="no format says colour"):
+        formats.literal("int4", "colour")
+
+
 @pytest.mark.parametrize(
     "spec",
     [

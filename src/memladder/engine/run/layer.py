@@ -173,8 +173,7 @@ def load_layer(
     """
     where = torch_device(device)
     packed = packed_layer.load(Path(path))
-    name = str(packed.form.format).partition(":")[0]
-    rounded = activation_format(activation or formats.ACTIVATIONS.get(name, "fp16"))
+    rounded = activation_format(activation or packed.form.format.activation)
     placed = _placed(packed, where)
     return RunnableLayer(placed, lambda shape: packed.form.program(shape, rounded), where, check)
 

@@ -18,7 +18,6 @@ from memladder.engine.packed import folder as folders
 from memladder.engine.packed import packed_layer, rest
 from memladder.engine.packed.folder import Index
 from memladder.engine.packed.packed_layer import PackedLayer, Weights
-from memladder.engine.program.builder import CHUNK
 from memladder.engine.program.cache import CacheShape
 from memladder.engine.program.model import (
     EMBEDDING,
@@ -28,6 +27,7 @@ from memladder.engine.program.model import (
     NUMBERS,
     Around,
 )
+from memladder.engine.program.steps import CHUNK
 from memladder.engine.run import driver
 from memladder.engine.run.layer import activation_format, torch_device, use_tuned_cuts
 from memladder.engine.run.model import Limits, RunnableModel
@@ -182,8 +182,7 @@ def _allocator(device: torch.device) -> Callable[[int], Tensor]:
 
 
 def _activation(index: Index, spec: str | None) -> Format | None:
-    name = index.options.format.partition(":")[0]
-    return activation_format(spec or formats.ACTIVATIONS.get(name, "fp16"))
+    return activation_format(spec or formats.get(index.options.format).activation)
 
 
 def _limits(index: Index, context: int | None, batch_size: int, chunk: int) -> Limits:
