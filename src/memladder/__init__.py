@@ -8,16 +8,18 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from memladder.engine.run.layer import load_layer
     from memladder.engine.run.load import load_model
+    from memladder.paper.page import report
     from memladder.predictor.api import fit, predict
 
 __version__ = "0.1.0"
-__all__ = ["fit", "load_layer", "load_model", "predict"]
+__all__ = ["fit", "load_layer", "load_model", "predict", "report"]
 # Where each is; only what is asked for is imported.
 _HOMES = {
     "fit": "memladder.predictor.api",
     "load_layer": "memladder.engine.run.layer",
     "load_model": "memladder.engine.run.load",
     "predict": "memladder.predictor.api",
+    "report": "memladder.paper.page",
 }
 
 

@@ -26,7 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from memladder import formats
-from memladder.kernels import cuda, naive
+from memladder.kernels import cuda, functions
 from memladder.kernels.cuda import skinny
 from memladder.kernels.layout import Layout
 from memladder.kernels.packed import PackedMatrix
@@ -103,8 +103,8 @@ def calls(capability: int) -> Iterator[tuple[str, Callable[[], None]]]:
     yield "rms_norm", lambda: cuda.rms_norm(x, x[0], x, eps=1e-5)
     yield "layer_norm", lambda: cuda.layer_norm(x, x[0], x[0], x, eps=1e-5)
     yield "rotary", lambda: cuda.rotary(x, x, x, head_dim=128, start=0, seq_len=1)
-    for function in naive.FUNCTIONS:
-        two = {"other": x} if function in ("add", "mul") else {}
+    for function in filter(functions.has_kernel, functions.FUNCTIONS):
+        two = {"other": x} if functions.FUNCTIONS[function].operands == 2 else {}
         call = partial(cuda.pointwise, x, x, function=function, number=0.5, most=1.0, **two)
         yield f"pointwise {function}", call
     for d, softcap, exact in ((128, 0.0, False), (128, 0.0, True), (256, 50.0, True)):
@@ -114,6 +114,7 @@ def calls(capability: int) -> Iterator[tuple[str, Callable[[], None]]]:
         yield f"windowed attention {d} {softcap} {exact}", call
     has_fp8 = capability >= 89
     yield from cached(has_fp8)
+    yield from around()
     for spec in ("int8", *(("fp8", "mxfp8") if has_fp8 else ())):
         codes = torch.empty(2, 8192, dtype=torch.uint8)
         scales = torch.empty(2, 256, dtype=formats.get(spec).scale_dtype)
@@ -174,6 +175,29 @@ def cached(has_fp8: bool) -> Iterator[tuple[str, Callable[[], None]]]:
     x = torch.empty(4, 1024).half()
     yield "rotary at", lambda: cuda.rotary_at(x, x, positions, x, head_dim=128, start=0)
     yield "advance", lambda: cuda.advance(positions)
+
+
+def around() -> Iterator[tuple[str, Callable[[], None]]]:
+    ids, positions = torch.zeros(4, 1, dtype=torch.int32), torch.zeros(4, 3, dtype=torch.int32)
+    out, logits = torch.empty(4, 512).half(), torch.empty(4, 1000)
+    for spec in ("fp16", "fp8", "mxfp8", "nf4", "int4:zero_point=true", "int1"):
+        kind = formats.get(spec)
+        numbers = None if kind.bits == 16 else torch.empty(1 << kind.bits)
+        table = packed(spec, 1000, 512)
+        yield f"embed {spec}", partial(cuda.embed, ids, table, out, factor=2.0, numbers=numbers)
+    learned = torch.empty(64 * 512).half()
+    options = {"start": 0, "offset": 2}
+    yield "add positions", partial(cuda.add_positions, out, learned, positions, out, **options)
+    yield "last rows", lambda: cuda.last_rows(torch.empty(64, 512).half(), positions, out)
+    for softcap in (0.0, 30.0):
+        options = {"factor": 0.5, "softcap": softcap}
+        yield f"cap logits {softcap}", partial(cuda.cap_logits, logits, logits, **options)
+    yield "choose largest", lambda: cuda.choose_largest(logits, ids)
+    for spec in ("fp16", "int4"):
+        for rows in (1, 32, 512):
+            x, head = torch.empty(rows, 512).half(), packed(spec, 1000, 512)
+            call = partial(cuda.matmul, x, head, torch.empty(rows, 1000))
+            yield f"head {spec} {rows}", call
 
 
 def several(weight: str, activation: str, rows: int) -> Callable[[], None]:

@@ -229,7 +229,10 @@ def test_what_does_not_fit_is_refused_before_it_is_written() -> None:
 
 @pytest.mark.parametrize(
     ("name", "format"),
-    [("llama", "fp16"), ("gemma2", "int8"), ("bloom", "fp8"), ("hunyuan", "fp16")],
+    [
+        *(("llama", "fp16"), ("gemma2", "int8"), ("bloom", "fp8")),
+        pytest.param("hunyuan", "fp16", marks=pytest.mark.slow),
+    ],
 )
 def test_triton_s_kernels(name: str, format: str) -> None:
     layer = packed(name)

@@ -187,7 +187,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 # The interpreter takes its time: of each a few here, all of them among the slow tests.
 OFTEN = {(0, "alibi", "fp16"), (1, "plain", "fp16"), (2, "softcap", "fp8"), (3, "alibi", "int8")}
-OFTEN |= {(4, "window and softcap", "fp16"), (4, "window", "int8"), (2, "window", "fp16")}
+OFTEN |= {(4, "window and softcap", "fp16"), (5, "alibi", "fp16"), (2, "window", "fp16")}
 EVERY = [
     pytest.param(
         *CASES[case],

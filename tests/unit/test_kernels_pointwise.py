@@ -1,53 +1,102 @@
-"""Elementwise functions and norms of heads: naive against float64, Triton against naive."""
+"""Functions of elements against PyTorch's, their twins against the table; norms of heads."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from inspect import isfunction, signature
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from memladder.kernels import cuda, naive
+from memladder.kernels.functions import FUNCTIONS, Function, follows_product, has_kernel
+from memladder.kernels.naive import rows as naive_rows
 from tests.unit.test_kernels_cuda import error, normal, poisoned, run
 
-# By their definitions, in float64.
+# By PyTorch, in float64; the last three by their definitions.
 DEFINED: dict[str, Callable[..., Tensor]] = {
-    "silu": lambda x: x / (1 + (-x).exp()),
-    "gelu": lambda x: x * (1 + torch.erf(x / 2**0.5)) / 2,
-    "gelu_tanh": lambda x: x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3))) / 2,
-    "quick_gelu": lambda x: x / (1 + (-1.702 * x).exp()),
-    "relu": lambda x: x.clamp(min=0),
-    "relu_squared": lambda x: x.clamp(min=0) ** 2,
-    "sigmoid": lambda x: 1 / (1 + (-x).exp()),
-    "tanh": torch.tanh,
-    "plus": lambda x: x + 0.75,
-    "scale": lambda x: x * 0.75,
-    "clip": lambda x: x.clamp(-0.5, 0.75),
     "add": torch.add,
     "mul": torch.mul,
+    "div": torch.div,
+    "plus": torch.add,
+    "scale": torch.mul,
+    "pow": torch.pow,
+    "clip": torch.clamp,
+    "silu": functional.silu,
+    "gelu": functional.gelu,
+    "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
+    "relu": functional.relu,
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+    "erf": torch.erf,
+    "exp": torch.exp,
+    "log": torch.log,
+    "sqrt": torch.sqrt,
+    "abs": torch.abs,
+    "softplus": functional.softplus,
+    "reciprocal": lambda x: 1 / x,
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "relu_squared": lambda x: x.clamp(min=0) ** 2,
 }
-NUMBERS = {
-    "plus": {"number": 0.75},
-    "scale": {"number": 0.75},
-    "clip": {"number": -0.5, "most": 0.75},
-}
+NUMBERS = {"plus": (0.75,), "scale": (0.75,), "clip": (-0.5, 0.75), "pow": (3.0,)}
 
 
-def test_there_is_no_other_function() -> None:
-    assert DEFINED.keys() == naive.FUNCTIONS.keys()
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_functions_meaning(name: str) -> None:
+    halves = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float64)
+    x = np.sort(halves[np.isfinite(halves)]).reshape(-1, 4)
+    operands = [x, x[::-1].copy()][: FUNCTIONS[name].operands]
+    expected = DEFINED[name](*map(torch.tensor, operands), *NUMBERS.get(name, ()))
+    found = FUNCTIONS[name](*operands, *NUMBERS.get(name, ()))
+    assert found.dtype == np.float64
+    # PyTorch's softplus is the identity beyond 20; its functions of large negative numbers are 0
+    # where the exponential is below 1e-15.
+    np.testing.assert_allclose(found, expected.numpy(), rtol=1e-8, atol=1e-15)
 
 
-@pytest.mark.parametrize("function", DEFINED)
+def test_a_table_of_functions_is_whole() -> None:
+    assert DEFINED.keys() == FUNCTIONS.keys()
+    assert set(naive_rows.TWINS) == {name for name in FUNCTIONS if has_kernel(name)}
+    assert {name for name in FUNCTIONS if follows_product(name)} < set(naive_rows.TWINS)
+    assert follows_product("")
+    assert not has_kernel("")
+    assert not follows_product("sine")
+    with pytest.raises(ValueError, match="one operand alone"):
+        Function(np.add, operands=2, follows_product=True)
+
+
+def test_naive_kernels_are_the_list_of_kernels() -> None:
+    """Each has a Triton twin, with the same arguments."""
+    named = {name for name, value in vars(naive).items() if isfunction(value)}
+    twins = {name for name, value in vars(cuda).items() if isfunction(value)}
+    assert named == twins - {"has_wgmma"}
+    for name in named:
+        arguments = [
+            [(one.name, one.kind, one.default) for one in signature(found).parameters.values()]
+            for found in (getattr(naive, name), getattr(cuda, name))
+        ]
+        assert arguments[0] == arguments[1], name
+
+
+@pytest.mark.parametrize("function", list(filter(has_kernel, FUNCTIONS)))
 @pytest.mark.parametrize("kernels", [naive, cuda], ids=["naive", "triton"])
 @pytest.mark.parametrize(("rows", "columns"), [(1, 1), (5, 333), (3, 1024)])
 def test_functions(function: str, kernels: object, rows: int, columns: int) -> None:
     x, other = normal(rows, columns).half(), normal(rows, columns, seed=1).half()
-    beside = {"other": other} if function in ("add", "mul") else {}
+    known, numbers = FUNCTIONS[function], NUMBERS.get(function, ())
+    beside = {"other": other} if known.operands == 2 else {}
     found = poisoned(rows, columns)
-    options = {"function": function, **beside, **NUMBERS.get(function, {})}
+    options = {
+        "function": function,
+        **beside,
+        **dict(zip(("number", "most"), numbers, strict=False)),
+    }
     run(kernels.pointwise, x, found, **options)  # type: ignore[attr-defined]
-    expected = DEFINED[function](x.double(), *(part.double() for part in beside.values()))
+    operands = (part.double().numpy() for part in (x, *beside.values()))
+    expected = torch.from_numpy(known(*operands, *numbers))
     torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-6)
     # Over the operand itself.
     again = x.clone()

@@ -218,3 +218,26 @@ def test_nowhere_says_by_how_much() -> None:
     text = fit.summary(api.fit(_CONFIGS / "deepseek-v3", ["RTX 4090", "L40S"]))
     assert text.startswith("fits nowhere: the closest, ")
     assert text.endswith(" GiB short")
+
+
+# MiB of the arena in the engine's own plans of these layers, compiled from ONNX (alignment aside).
+@pytest.mark.parametrize(
+    ("name", "row", "batch_size", "seq_len", "arena"),
+    [
+        ("llama-3-8b", "ladder_fp16_int4", 64, 1, 2.75),
+        ("llama-3-8b", "ladder_fp16_int4", 8, 512, 50.0),
+        ("llama-3-8b", "ladder_fp16_int4", 1, 1024, 26.0),
+        ("llama-3-8b", "ladder_fp16_int4", 1, 4096, 56.0),
+        ("llama-3-8b", "ladder_fp8_fp8", 8, 512, 53.0),
+        ("llama-3-8b", "ladder_fp8_fp8", 1, 4096, 56.0),
+        ("llama-3-8b", "ladder_int8_int1", 1, 4096, 54.0),
+        ("bloom-7b1", "ladder_fp16_int4", 8, 512, 52.0),
+        ("bloom-7b1", "ladder_fp8_fp8", 1, 1024, 32.0),
+        ("bloom-7b1", "ladder_int8_int1", 1, 4096, 102.0),
+    ],
+)
+def test_the_arena_is_the_plan_s(
+    name: str, row: str, batch_size: int, seq_len: int, arena: float
+) -> None:
+    found = api.predict(_CONFIGS / name, row, batch_size=batch_size, seq_len=seq_len)
+    assert found.ledger.nbytes("activations") / MIB == pytest.approx(arena, abs=0.003)

@@ -7,6 +7,7 @@ import json
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from memladder.core.units import KIB, MIB, mib
 from memladder.frameworks import vllm
 from memladder.frameworks._shared import vllm_engine
 from memladder.frameworks._shared.base import Job, packed_bytes
-from memladder.models import LayerConfig
+from memladder.models import LayerConfig, describe
 from memladder.paper.rows import SHAPES
 
 
@@ -64,17 +65,21 @@ def test_the_cache_holds_the_case_and_no_more(shape: Workload, blocks: int) -> N
     assert vllm_engine.kv_blocks(shape) == blocks
 
 
+def arguments_of(model: str, shape: Workload) -> dict[str, Any]:
+    return vllm_engine.engine_arguments([(1, models.layer_config(model))], "fp16", shape)
+
+
 def test_the_cache_is_counted_in_bytes() -> None:
     shape = Workload(1, 4096)
     # 2 · 4096 tokens · 8 heads · 128 · 2 bytes are 16 MiB, BLOOM's 112 heads 224 MiB.
     for model, whole, block in (("llama", 16 * MIB, 64 * KIB), ("bloom", 224 * MIB, 896 * KIB)):
-        arguments = vllm_engine.engine_arguments(models.layer_config(model), "fp16", shape)
+        arguments = arguments_of(model, shape)
         assert arguments["kv_cache_memory_bytes"] == whole + block
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_one_step_takes_the_batch_and_a_long_prompt_comes_in_parts(shape: Workload) -> None:
-    arguments = vllm_engine.engine_arguments(models.layer_config("llama"), "fp16", shape)
+    arguments = arguments_of("llama", shape)
     assert arguments["max_num_batched_tokens"] == {1: 1, 32: 32, 4096: 512}[shape.tokens]
     assert arguments["max_num_seqs"] == shape.batch_size
     assert arguments["max_model_len"] == shape.seq_len + 1
@@ -82,8 +87,8 @@ def test_one_step_takes_the_batch_and_a_long_prompt_comes_in_parts(shape: Worklo
 
 def test_bloom_gets_a_backend_that_has_alibi() -> None:
     shape = Workload(1, 1)
-    bloom = vllm_engine.engine_arguments(models.layer_config("bloom"), "fp16", shape)
-    llama = vllm_engine.engine_arguments(models.layer_config("llama"), "fp16", shape)
+    bloom = arguments_of("bloom", shape)
+    llama = arguments_of("llama", shape)
     assert bloom["attention_config"] == {"backend": "TRITON_ATTN"}
     assert "attention_config" not in llama
 
@@ -98,7 +103,7 @@ def test_the_model_is_the_layer_alone(model: str, variant: str, tmp_path: Path) 
     framework.prepare(job)
     (path,) = tmp_path.rglob("config.json")
     found = json.loads(path.read_text())
-    assert found["num_hidden_layers" if model == "llama" else "n_layer"] == 1
+    assert found["num_hidden_layers"] == 1
     assert (found["vocab_size"], found["tie_word_embeddings"]) == (64, True)
     assert found["hidden_size"] == {"llama": 8192, "bloom": 14336}[model]
     if model == "llama":
@@ -107,6 +112,50 @@ def test_the_model_is_the_layer_alone(model: str, variant: str, tmp_path: Path) 
     # The config makes a layer of the same shapes again.
     again = models.layer_config(model, path)
     assert models.tensor_shapes(again) == models.tensor_shapes(job.config)
+
+
+def whole(name: str, variant: str, shape: Workload, folder: Path) -> Job:
+    raw = json.loads((Path(__file__).parents[1] / f"configs/{name}.json").read_text())
+    model = describe.describe(raw)
+    case = Case(name.partition("-")[0], variant, shape, "cuda:0", "all")
+    return Job(case, model.usual, folder, 0, model)
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "vocabulary", "length"),
+    [("llama-2-70b", 80, 32_000, 4098), ("bloom-7b1", 30, 250_880, 4098)],
+)
+def test_a_whole_model_is_its_own_config(
+    name: str, layers: int, vocabulary: int, length: int, tmp_path: Path
+) -> None:
+    job = whole(name, "vllm", Workload(1, 1, 4096), tmp_path)
+    frameworks.get("vllm").prepare(job)
+    (path,) = tmp_path.rglob("config.json")
+    found = json.loads(path.read_text())
+    assert (found["num_hidden_layers"], found["vocab_size"]) == (layers, vocabulary)
+    assert found.get("max_position_embeddings", found.get("seq_length")) == length
+    # The file makes the same model again.
+    assert describe.describe(found).layers[0].count == layers
+
+
+def test_a_whole_models_bytes_are_those_of_its_layers(tmp_path: Path) -> None:
+    job = whole("llama-2-70b", "vllm", Workload(32, 1, 1024), tmp_path)
+    framework = frameworks.get("vllm")
+    assert framework.weight_bytes(job) == 80 * 2 * 855_654_400
+    # 32 · 65 blocks and one more, 16 tokens each, 80 layers, 8 heads of 128, keys and values.
+    assert framework.cache_bytes(job) == 2081 * 16 * 80 * 2 * 8 * 128 * 2
+    arguments = vllm_engine.engine_arguments(job.groups, "fp16", job.case.shape)
+    assert arguments["enable_prefix_caching"] is True
+    assert arguments["max_model_len"] == 1026
+
+
+def test_no_sequence_finds_anothers_past() -> None:
+    shape = Workload(4096, 1, 31)
+    prompts = vllm_engine.prompts(shape, 64)
+    assert {len(prompt) for prompt in prompts} == {32}
+    assert len({tuple(prompt[:16]) for prompt in prompts}) == 4096
+    assert vllm_engine.remembered(shape) == 16
+    assert vllm_engine.remembered(Workload(1, 1, 4096)) == 4096
 
 
 def test_groups_are_as_long_as_all_rows_allow() -> None:

@@ -13,7 +13,8 @@ from typing import Annotated, NoReturn
 import typer
 
 from memladder import __version__
-from memladder.cli import ending, explaining, predicting
+from memladder.cli import ending, explaining, predicting, reporting
+from memladder.cli.commands.cache import show_cache
 from memladder.cli.commands.dequantize import dequantize
 from memladder.cli.commands.evaluate import evaluate
 from memladder.cli.commands.generate import generate
@@ -45,6 +46,7 @@ _env_app = _app("Environments of frameworks' own: made, pointed to, listed, remo
 app.add_typer(_env_app, name="env")
 predicting.register(app)
 explaining.register(app)
+reporting.register(app)
 
 EnvironmentOf = Annotated[
     str, typer.Argument(metavar="FRAMEWORK", help="A framework's key; its variants share one.")
@@ -436,6 +438,7 @@ def run_layer(
 app.command()(generate)
 app.command()(evaluate)
 app.command()(dequantize)
+app.command("cache")(show_cache)
 
 
 @app.command()

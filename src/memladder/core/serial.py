@@ -106,6 +106,11 @@ def _hints(kind: type) -> dict[str, Any]:
 
 
 def _read(kind: Any, data: Any, where: str) -> Any:
+    # Most of a record are its trace's numbers.
+    if kind is int and type(data) is int and -MAX_INT <= data <= MAX_INT:
+        return data
+    if kind is float and type(data) is float and math.isfinite(data):
+        return data
     if kind is Any:
         _bound(data, where)
         return data
@@ -163,13 +168,22 @@ def _read_tuple(kinds: tuple[Any, ...], data: Any, where: str) -> tuple[Any, ...
 
 def _read_dataclass(kind: Any, data: Any, where: str) -> Any:
     _expect(isinstance(data, dict), data, "an object", where)
-    names = {f.name for f in dataclasses.fields(kind)}
-    needed = {f.name for f in dataclasses.fields(kind) if not _may_lack(f)}
-    missing, unknown = sorted(needed - set(data)), sorted(set(data) - names)
-    if missing or unknown:
+    names, needed = _field_names(kind)
+    if not needed <= data.keys() <= names:
+        missing, unknown = sorted(needed - data.keys()), sorted(data.keys() - names)
         raise ValueError(f"{where}: missing fields {missing}, unknown fields {unknown}")
     hints = _hints(kind)
     return kind(**{name: _read(hints[name], data[name], f"{where}.{name}") for name in data})
+
+
+@cache
+def _field_names(kind: Any) -> tuple[frozenset[str], frozenset[str]]:
+    """All fields of a dataclass, and those that a file may not lack."""
+    fields = dataclasses.fields(kind)
+    return (
+        frozenset(field.name for field in fields),
+        frozenset(field.name for field in fields if not _may_lack(field)),
+    )
 
 
 def _bound(data: Any, where: str) -> None:

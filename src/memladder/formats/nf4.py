@@ -1,7 +1,8 @@
 """nf4: 4-bit NormalFloat, blocks of 64 along K, fp16 absmax.
 
 Source: Dettmers et al. 2023, "QLoRA" (arXiv:2305.14314), section 3 and appendix E: the 16 numbers
-are quantiles of the normal distribution, scaled to [−1, 1], with an exact zero.
+are quantiles of the normal distribution, scaled to [−1, 1], with an exact zero. With `search` a
+block takes, of the absmax and some smaller scales, the one that loses least.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from memladder.formats._shared.base import (
     grouped,
     half,
     lookup,
+    searched,
     ungrouped,
 )
 
@@ -43,6 +45,7 @@ CODE_BOOK = (
 # A value on the middle between two numbers takes the lower one.
 _MIDDLES = torch.tensor([(low + high) / 2 for low, high in pairwise(CODE_BOOK)])
 _NUMBERS = torch.tensor(CODE_BOOK)
+_FACTORS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,7 @@ class Nf4(GroupedFormat):
     """Codes are indices into the code book."""
 
     group_size: int = 64
+    search: bool = False
 
     bits = 4
     scale_dtype = torch.float16
@@ -59,11 +63,20 @@ class Nf4(GroupedFormat):
     def quantise(self, values: Tensor) -> Quantised:
         """Nearest number of the code book. A block of zeros has scale 0."""
         blocks = grouped(values, self.group_size)
-        scales = half(absmax(blocks))
+        scales = half(self._searched(blocks) if self.search else absmax(blocks))
         divisor = torch.where(scales == 0, 1.0, scales.float())
         middles = _MIDDLES.to(blocks.device)
         codes = torch.bucketize(blocks / divisor, middles, out_int32=True).to(torch.uint8)
         return Quantised(ungrouped(codes, values.shape[1]), scales.squeeze(-1))
+
+    def _searched(self, blocks: Tensor) -> Tensor:
+        most = absmax(blocks)
+        middles, numbers = _MIDDLES.to(blocks.device), _NUMBERS.to(blocks.device)
+        starts = [torch.where(most == 0, 1.0, most * factor) for factor in _FACTORS]
+        found = searched(
+            blocks, starts, lambda x: numbers[torch.bucketize(x, middles, out_int32=True)]
+        )
+        return torch.where(most == 0, 0.0, found)
 
     def decode(self, codes: Tensor) -> Tensor:
         """Numbers of the code book, −1 to 1."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
+from functools import cache
 
 from memladder.core.errors import UsageError
 from memladder.core.folders import entries
@@ -44,6 +45,7 @@ def load(module: str, key: str) -> Framework:
     return served[key]
 
 
+@cache
 def _modules() -> list[str]:
     return [f"{__name__}.{name}" for name in entries(__path__)]
 

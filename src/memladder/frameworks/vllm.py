@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from memladder import models
 from memladder.core.case import Case
 from memladder.core.errors import UnavailableError
 from memladder.core.files import own_folder, write_atomic
@@ -59,6 +60,7 @@ class Vllm(Framework):
         "flashinfer-python",
         "compressed-tensors",
     )
+    wholes = pasts = any_family = True
     variables = ("VLLM_*", "FLASHINFER_*", "FLASH_ATTN_*", "NCCL_*", *TORCH_VARIABLES)
 
     def __init__(self, title: str, weight: str) -> None:
@@ -99,16 +101,37 @@ class Vllm(Framework):
 
     def prepare(self, job: Job) -> None:
         """The folder with the `config.json` that the engine reads."""
-        text = json.dumps(
-            vllm_engine.model_config(job.config, self.weight, job.case.shape), indent=1
+        if job.model is None:
+            found = vllm_engine.layer_model(job.config, self.weight, job.case.shape)
+        else:
+            found = vllm_engine.whole_model(job.model, job.layer_count, self.weight, job.case.shape)
+        write_atomic(_folder(job, self.weight) / "config.json", json.dumps(found, indent=1) + "\n")
+
+    def cache_bytes(self, job: Job) -> int:
+        """Blocks for all tokens and one more, in fp16; a window's layers keep all tokens too."""
+        return vllm_engine.cache_bytes(job.groups, job.case.shape)
+
+    def refuses(self, job: Job) -> str | None:
+        """A model's first layer can be had alone, and no other; and no layer's state."""
+        if job.model is None and job.config.number:
+            return f"vLLM runs a model's first layer alone, not layer {job.config.number}"
+        if any(models.cache_geometry(config).recurrent for _, config in job.groups):
+            return "a cache of states is not told to vLLM here"
+        experts = any(
+            len(shape) > 2
+            for _, config in job.groups
+            for shape in models.tensor_shapes(config).values()
         )
-        write_atomic(_folder(job, self.weight) / "config.json", text + "\n")
+        if experts and self.weight != "fp16":
+            return f"{self.title} has no experts here"
+        return super().refuses(job)
 
     def weight_bytes(self, job: Job) -> int:
         """fp16, or 4 bits and an fp16 scale a group."""
         if self.weight == "fp16":
             return super().weight_bytes(job)
-        return packed_bytes(job.config, 4, vllm_engine.group_size(job.config), 16)
+        size = vllm_engine.group_size(job.config)
+        return sum(count * packed_bytes(config, 4, size, 16) for count, config in job.groups)
 
     def predict(self, question: Question) -> Answer:
         """By the engine's own rules; a checkpoint's scheme where the row's format is fp16."""
@@ -129,7 +152,8 @@ class Vllm(Framework):
 
 
 def _folder(job: Job, weight: str) -> Path:
-    name = f"{job.config.model}-{job.config.digest}-{weight}-{job.case.shape.seq_len}"
+    length = job.case.shape.length
+    name = f"{job.config.model}-{job.digest}-{weight}-{length}-{job.case.layers}"
     return job.cache_dir / "vllm" / name
 
 
@@ -146,7 +170,11 @@ class _Session(Session):
         self._torch, self._vllm = torch, vllm
         self._readings = AllocatorReadings()
         self._variant = variant
-        self._arguments = vllm_engine.engine_arguments(job.config, variant.weight, job.case.shape)
+        self._passed = False
+        self._vocabulary = vllm_engine.VOCABULARY
+        if job.model is not None:
+            self._vocabulary = job.model.vocab_size
+        self._arguments = vllm_engine.engine_arguments(job.groups, variant.weight, job.case.shape)
         if torch.distributed.is_initialized():
             # `verify` runs one engine after the other.
             parallel_state.cleanup_dist_env_and_memory()
@@ -170,16 +198,19 @@ class _Session(Session):
             raise RuntimeError(f"the KV cache has {found} blocks where {wanted} were asked for")
 
     def compile(self) -> None:
-        """Nothing is compiled; what only the dummy batch needed is let go of."""
+        """Nothing is compiled; what only the dummy batch needed is let go of. A past is made."""
         gc.collect()
         self._torch.cuda.empty_cache()
-        length = self.job.case.shape.seq_len
-        tokens = [number % vllm_engine.VOCABULARY for number in range(length)]
-        batch = range(self.job.case.shape.batch_size)
-        self._prompts = [{"prompt_token_ids": tokens} for _ in batch]
+        prompts = vllm_engine.prompts(self.job.case.shape, self._vocabulary)
+        self._prompts = [{"prompt_token_ids": tokens} for tokens in prompts]
         self._sampling = self._vllm.SamplingParams(
             max_tokens=1, temperature=0.0, ignore_eos=True, detokenize=False
         )
+        if self.job.case.shape.past:
+            # Makes the past; what that took beside the cache is let go of.
+            self.run()
+            gc.collect()
+            self._torch.cuda.empty_cache()
 
     def run(self) -> None:
         """All prompts through the engine, up to the token that follows each."""
@@ -189,6 +220,12 @@ class _Session(Session):
         generated = [len(output.outputs[0].token_ids) for output in outputs]
         if generated != [1] * len(self._prompts):
             raise RuntimeError(f"the engine generated {generated} tokens where one each was asked")
+        # The first pass over a past makes it; every other one finds it.
+        wanted = vllm_engine.remembered(self.job.case.shape) if self._passed else 0
+        found = {output.num_cached_tokens or 0 for output in outputs}
+        if found != {wanted}:
+            raise RuntimeError(f"the engine remembered {found} tokens of a past of {wanted}")
+        self._passed = True
 
     def output(self) -> np.ndarray:
         """The engine tells tokens only."""
@@ -209,8 +246,12 @@ class _Session(Session):
         chosen: dict[str, Setting] = {
             "weight_format": weight,
             "empty_cache_after_start": True,
-            "vocabulary": vllm_engine.VOCABULARY,
+            "vocabulary": self._vocabulary,
+            "layers": self.job.layer_count,
+            "weights": "dummies of vLLM's",
         }
+        if self.job.case.shape.past:
+            chosen["remembered_tokens"] = vllm_engine.remembered(self.job.case.shape)
         if weight == "int4":
             chosen["group_size"] = vllm_engine.group_size(self.job.config)
         variables = self._variant.environment(self.job.case)
@@ -238,9 +279,12 @@ class _Session(Session):
         return model
 
     def _layers(self) -> list[nn.Module]:
-        model: Any = self._model()
-        llama = self.job.config.model == "llama"
-        return list(model.model.layers if llama else model.transformer.h)
+        from torch import nn
+
+        for module in self._model().modules():
+            if isinstance(module, nn.ModuleList) and len(module) == self.job.layer_count:
+                return list(module)
+        raise RuntimeError(f"no list of {self.job.layer_count} layers is found in vLLM's model")
 
 
 def _shapes(layer: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -11,6 +11,7 @@ read by `catalogue`, which has transformers describe it.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 from collections.abc import Mapping
@@ -43,8 +44,10 @@ __all__ = [
     "Subject",
     "Widths",
     "cache_geometry",
+    "class_name",
     "count_elements",
     "definition",
+    "has_alibi",
     "hidden_size",
     "layer_config",
     "load_json",
@@ -58,6 +61,7 @@ __all__ = [
     "widths",
 ]
 
+ALIBI_FAMILIES = ("bloom", "mpt")
 FIXED_ROPE_TYPES = ("default", "linear", "llama3")
 _MAX_CONFIG_BYTES = 16 << 20
 
@@ -73,6 +77,7 @@ class Widths:
     positions: int
 
 
+@functools.cache
 def names() -> tuple[str, ...]:
     """Keys of all models, sorted."""
     return entries(families.__path__)
@@ -146,6 +151,22 @@ def widths(config: LayerConfig) -> Widths:
     """Widths of what the layer computes."""
     found: Widths = definition(config.model).widths(config.values)
     return found
+
+
+def class_name(family: str) -> str:
+    """The class of transformers' causal language model of a family. Imports transformers for
+    those that have no file in `families`."""
+    if family in names():
+        return str(definition(family).CLASS_NAME)
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return str(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family])
+
+
+def has_alibi(config: LayerConfig) -> bool:
+    """Are positions told by ALiBi: a number that is added to each score?"""
+    given = config.values.get("alibi")
+    return bool(given) or config.model in ALIBI_FAMILIES
 
 
 def require_fixed_positions(config: LayerConfig) -> None:

@@ -95,13 +95,14 @@ def fit(
     for gpu, count in gpus:
         rows = [
             _row(model, gpu, count, name, form, setting, batch_size, context, cache_format, needs)
-            for name, form, setting in _rows(model)
+            for name, form, setting in rows_of(model)
         ]
         found += _ranked(rows)
     return tuple(found)
 
 
-def _rows(model: Model) -> Iterable[tuple[str, str, str | None]]:
+def rows_of(model: Model) -> Iterable[tuple[str, str, str | None]]:
+    """Framework, format, and the setting that makes it, of each row that a model is tried in."""
     for name, form, setting in ROWS:
         if model.architecture.quantisation is not None and (name, form) == ("vllm", "fp16"):
             yield name, "checkpoint", None

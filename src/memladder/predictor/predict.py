@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 
 from memladder import frameworks
 from memladder.core.case import MAX_BATCH_SIZE, MAX_SEQ_LEN
@@ -10,6 +11,7 @@ from memladder.core.errors import UsageError
 from memladder.core.ledger import Entry, Known, summed
 from memladder.core.prediction import Prediction
 from memladder.frameworks._rules.question import Answer, Device, Question, UnpredictableError
+from memladder.frameworks._shared.base import Framework
 from memladder.predictor.gpus import Gpu
 from memladder.predictor.headers import Checkpoint
 from memladder.predictor.model import Model
@@ -65,7 +67,7 @@ def question(
 
 def answer(model: Model, framework: str, asked: Question) -> Prediction:
     """The prediction of one framework. Raises UnpredictableError where its rules have no answer."""
-    found = frameworks.get(framework).predict(asked)
+    found = _framework(framework).predict(asked)
     entries, notes = list(found.entries), list(found.notes)
     if model.checkpoint is not None and framework in _AS_STORED and asked.whole:
         entries = _as_stored(entries, model.checkpoint, asked.ranks)
@@ -96,15 +98,24 @@ def answer(model: Model, framework: str, asked: Question) -> Prediction:
     )
 
 
+@cache
+def _framework(name: str) -> Framework:
+    """The row of that key: the folder of frameworks is looked through once for each."""
+    return frameworks.get(name)
+
+
 def _margin(found: Answer, asked: Question, sizes: Mapping[str, int]) -> int:
     """How far the total may be off: what is closed form counts little."""
     sure = sum(sizes.get(name, 0) for name in ("weights", "scales", "embeddings", "kv_cache"))
     margin = round(found.spread * (sum(sizes.values()) - sure) + 0.001 * sure)
-    margin += found.spread_bytes
-    if not asked.device.is_cpu and not asked.device.context_measured:
-        near = asked.device.capability == _KNOWN_CAPABILITY
-        margin += _NEAR_SPREAD if near else _FAR_SPREAD
-    return margin
+    return margin + found.spread_bytes + context_spread(asked.device)
+
+
+def context_spread(device: Device) -> int:
+    """What an interval gains to either side where the device's context was not measured."""
+    if device.is_cpu or device.context_measured:
+        return 0
+    return _NEAR_SPREAD if device.capability == _KNOWN_CAPABILITY else _FAR_SPREAD
 
 
 def _as_stored(entries: list[Entry], held: Checkpoint, ranks: int) -> list[Entry]:
@@ -121,4 +132,12 @@ def rules() -> tuple[str, ...]:
     return frameworks.names()
 
 
-__all__ = ["CPU", "UnpredictableError", "answer", "device_of", "question", "rules"]
+__all__ = [
+    "CPU",
+    "UnpredictableError",
+    "answer",
+    "context_spread",
+    "device_of",
+    "question",
+    "rules",
+]

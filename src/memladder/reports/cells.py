@@ -196,10 +196,10 @@ def device_label(records: Sequence[Record]) -> str:
 
 def _cell(record: Record, verifications: Sequence[Verification]) -> Cell:
     if record.status is Status.MEASURED:
-        problem = _problem(record, verifications)
+        found = problem(record, verifications)
         assert record.steady_bytes is not None, "a measured record has runs"
-        if problem:
-            return Cell(None, record.status, problem)
+        if found:
+            return Cell(None, record.status, found)
         return Cell(mib(record.steady_bytes), record.status)
     note = STATUS_TEXT[record.status]
     if record.status in _WITH_VALUE and record.asked_bytes:
@@ -209,7 +209,7 @@ def _cell(record: Record, verifications: Sequence[Verification]) -> Cell:
     return Cell(None, record.status, note)
 
 
-def _problem(record: Record, verifications: Sequence[Verification]) -> str | None:
+def problem(record: Record, verifications: Sequence[Verification]) -> str | None:
     """Why a measured record may not be drawn; None if its framework agrees on its model here."""
     case = record.case
     found = [

@@ -27,7 +27,7 @@ from memladder.engine.graph.nodes import (
     consumers,
     ordered,
 )
-from memladder.kernels import naive
+from memladder.kernels import functions
 
 Result = TypeVar("Result")
 Making: TypeAlias = Generator[Node, Any, Result]
@@ -155,7 +155,7 @@ class _Fuser:
         activated = self._activated(node)
         if activated is not None:
             return (yield from self._linear(*activated))
-        if node.function not in naive.FUNCTIONS:
+        if not functions.has_kernel(node.function):
             raise GraphError(f"no kernel for {node.function} {node.source!r}")
         operands = []
         for operand in node.operands:
@@ -203,7 +203,7 @@ class _Fuser:
             return node, ""
         if (
             isinstance(node, Pointwise)
-            and node.function in naive.ACTIVATIONS
+            and functions.follows_product(node.function)
             and isinstance(node.operands[0], Linear)
             and self._alone(node.operands[0])
         ):

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from memladder.engine.graph.evaluate import POINTWISE
+from memladder.kernels.functions import FUNCTIONS
 
 Function: TypeAlias = Callable[[Tensor], Tensor]
 Key = TypeVar("Key")
@@ -32,7 +32,7 @@ _MOST = float(np.finfo(np.float16).max)
 
 
 def nearest_function(found: Function, names: Sequence[str], *, kinked: bool) -> str | None:
-    """Which of `POINTWISE` it is, of the names; None if it is none of these.
+    """Which of `FUNCTIONS` it is, of the names; None if it is none of these.
 
     `found` takes float64 [probes, 1] to the same; `kinked` if it is spelled with functions that
     have a kink.
@@ -78,7 +78,7 @@ def _known(names: Sequence[str], everywhere: bool = False) -> tuple[Tensor, Mapp
     else:
         probe = torch.linspace(-9, 9, 577, dtype=torch.float64)
     probe = probe.unsqueeze(1)
-    return probe, {name: POINTWISE[name](probe) for name in names}
+    return probe, {name: torch.from_numpy(FUNCTIONS[name](probe.numpy())) for name in names}
 
 
 def _random(columns: int, sizes: Tensor) -> Tensor:

@@ -32,11 +32,8 @@ from memladder.engine.graph.nodes import (
     Rotary,
     between,
 )
+from memladder.kernels.functions import FUNCTIONS
 
-FUNCTIONS = ("silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "relu_squared", "sigmoid", "tanh")
-"""Of one operand; what a chain of elementwise operators may turn out to be."""
-
-_KINKED = ("abs", "clip", "relu", "relu_squared")
 # Two float32 numbers, multiplied, are this near to what was meant.
 _ROUNDED = 1e-6
 # Operators of the longest spelling of a function or norm. Without an end, a chain of n operators is
@@ -77,13 +74,14 @@ def function(node: Node, nodes: Nodes) -> Node | None:
     """A chain of elementwise operators on one node that is a known function of it."""
     if not isinstance(node, Pointwise):
         return None
+    known = tuple(name for name, one in FUNCTIONS.items() if one.is_recognised)
     for leaf in _leaves(node, (Pointwise,)):
-        if node.operands == (leaf,) and node.function in FUNCTIONS:
+        if node.operands == (leaf,) and node.function in known:
             continue
         within = between(node, leaf)
-        kinked = any(isinstance(o, Pointwise) and o.function in _KINKED for o in within)
+        kinked = any(isinstance(o, Pointwise) and FUNCTIONS[o.function].has_kink for o in within)
         found = partial(evaluate_from, node, leaf)
-        name = probes.nearest_function(found, FUNCTIONS, kinked=kinked)
+        name = probes.nearest_function(found, known, kinked=kinked)
         if name is not None:
             return nodes(Pointwise(node.columns, node.source, name, (leaf,)))
     return None

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from memladder.core.case import Workload
 from memladder.engine.graph.nodes import (
@@ -29,32 +28,7 @@ from memladder.engine.graph.nodes import (
     between,
     consumers,
 )
-
-POINTWISE: Mapping[str, Callable[..., Tensor]] = {
-    "add": torch.add,
-    "mul": torch.mul,
-    "div": torch.div,
-    "plus": torch.add,
-    "scale": torch.mul,
-    "pow": torch.pow,
-    "clip": torch.clamp,
-    "silu": functional.silu,
-    "gelu": functional.gelu,
-    "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
-    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
-    "relu": torch.relu,
-    "relu_squared": lambda x: torch.relu(x).square(),
-    "sigmoid": torch.sigmoid,
-    "tanh": torch.tanh,
-    "erf": torch.erf,
-    "exp": torch.exp,
-    "log": torch.log,
-    "sqrt": torch.sqrt,
-    "reciprocal": torch.reciprocal,
-    "abs": torch.abs,
-    "softplus": functional.softplus,
-}
-"""By a Pointwise node's function: of its operands, then its numbers."""
+from memladder.kernels.functions import FUNCTIONS
 
 
 def evaluate(graph: Graph, states: Tensor) -> Tensor:
@@ -104,7 +78,9 @@ def _norm(node: Norm, inputs: list[Tensor], shape: Workload) -> Tensor:
 
 
 def _pointwise(node: Pointwise, inputs: list[Tensor], shape: Workload) -> Tensor:
-    return POINTWISE[node.function](*inputs, *node.numbers)
+    operands = (x.double().numpy() for x in inputs)
+    found = FUNCTIONS[node.function](*operands, *node.numbers)
+    return torch.from_numpy(found).to(inputs[0].dtype)
 
 
 def _by_column(node: ByColumn, inputs: list[Tensor], shape: Workload) -> Tensor:

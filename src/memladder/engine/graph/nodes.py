@@ -120,7 +120,7 @@ class Norm(Node):
 class Pointwise(Node):
     """A function of each element of one or two operands; `numbers` are its parameters.
 
-    `function` is a key of `evaluate.POINTWISE`.
+    `function` is a key of `kernels.functions.FUNCTIONS`.
     """
 
     function: str

@@ -19,7 +19,7 @@ from memladder.core.serial import from_json
 from memladder.engine.graph.fused import Fused, Glu, NamedNorm, Product
 from memladder.engine.graph.nodes import Attention, Input, Node, Pointwise, Rotary, ordered
 from memladder.engine.program.lower import lower
-from memladder.kernels import naive
+from memladder.kernels import functions
 
 _KINDS = {
     kind.__name__.lower(): kind
@@ -105,8 +105,8 @@ def _node(raw: Mapping[str, Any], nodes: Sequence[Node]) -> Node:
     values = {name: _value(hints[name], raw[name], nodes) for name in _names(kind)}
     found = kind(source=raw["node"], **values)
     wrong = (
-        (isinstance(found, Pointwise) and found.function not in naive.FUNCTIONS)
-        or (isinstance(found, Product | Glu) and found.activation not in naive.ACTIVATIONS)
+        (isinstance(found, Pointwise) and not functions.has_kernel(found.function))
+        or (isinstance(found, Product | Glu) and not functions.follows_product(found.activation))
         or (isinstance(found, NamedNorm) and found.kind not in ("rms", "layer"))
     )
     if wrong:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from memladder import formats
+from memladder.core import digests
 from memladder.core.case import Workload
 from memladder.core.errors import OverflowedError, UsageError
 from memladder.engine.compile import bundle
@@ -172,9 +173,9 @@ def load_layer(
     UsageError for a format that is none of activations, and for a device that is not here.
     """
     where = torch_device(device)
+    digests.require(Path(path))
     packed = packed_layer.load(Path(path))
-    name = str(packed.form.format).partition(":")[0]
-    rounded = activation_format(activation or formats.ACTIVATIONS.get(name, "fp16"))
+    rounded = activation_format(activation or packed.form.format.activation)
     placed = _placed(packed, where)
     return RunnableLayer(placed, lambda shape: packed.form.program(shape, rounded), where, check)
 
@@ -229,7 +230,9 @@ def torch_device(wanted: str | torch.device | None) -> torch.device:
     except RuntimeError:
         raise UsageError(f"{str(wanted)[:40]!r} is no device; allowed: cpu, cuda:N") from None
     if found.type == "cuda" and found.index is None and count:
-        found = torch.device("cuda", torch.cuda.current_device())
+        # Asking for the current GPU would bring CUDA up, and a lean context has to come first.
+        begun = torch.cuda.is_initialized()
+        found = torch.device("cuda", torch.cuda.current_device() if begun else 0)
     if found.type not in ("cpu", "cuda") or (found.type == "cuda" and (found.index or 0) >= count):
         gpus = f"cuda:0 to cuda:{count - 1}" if count else "no CUDA device"
         raise UsageError(f"{found} can't be used; here are: cpu, {gpus}")

@@ -9,6 +9,7 @@ blocks of rows. Where the columns are no multiple of the group, the last group o
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from typing import ClassVar
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from memladder.core.errors import FormatError
+from memladder.formats._shared.elements import Element
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,12 @@ class Format(ABC):
     is_activation: ClassVar[bool] = False
     is_integer: ClassVar[bool] = False
     """Whether a row is integers times one scale, so that products add up as integers."""
+    operand: ClassVar[torch.dtype] = torch.float16
+    """As what tensor cores multiply its numbers, scales aside."""
+    activation: ClassVar[str] = "fp16"
+    """Key of the format that activations take by default in products with such weights."""
+    is_row: ClassVar[bool] = True
+    """Whether ladder has a variant of its own with weights in it."""
     is_interleaved: ClassVar[bool] = True
     """Whether a word's codes are ordered for shifts and masks (`Layout.interleaved`)."""
 
@@ -57,6 +65,21 @@ class Format(ABC):
         ]
         name = type(self).__module__.rpartition(".")[2]
         return f"{name}:{','.join(given)}" if given else name
+
+    @property
+    def element_type(self) -> Element | None:
+        """The number that a code of 8 bits is; None for other sizes."""
+        return None
+
+    @property
+    def has_fp8_products(self) -> bool:
+        """Whether tensor cores multiply its codes as they are, as 8-bit floating-point numbers."""
+        return self.operand.is_floating_point and self.operand.itemsize == 1
+
+    @property
+    def scales_rows(self) -> bool:
+        """Whether a row has one scale."""
+        return self.scale_dtype is not None and self.group is None
 
     @property
     def group(self) -> int | None:
@@ -141,6 +164,32 @@ def grouped(values: Tensor, size: int) -> Tensor:
     rows, columns = values.shape
     values = functional.pad(values.float(), (0, -columns % size))
     return values.view(rows, -1, size)
+
+
+def searched(
+    blocks: Tensor, starts: Iterable[Tensor], rounded: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """float32 scales [rows, groups, 1] that lose least of blocks [rows, groups, size], of those
+    that least squares make of the starts.
+
+    `rounded` gives the nearest numbers of the format, before their scale, for blocks in units of a
+    scale. For the numbers q that a start leads to, the scale with the least Σ (w − s·q)² is
+    Σ w·q / Σ q²; what is lost is judged after rounding to it again, in float16.
+    """
+    best = lost = None
+    for start in starts:
+        numbers = rounded(blocks / start)
+        squares = numbers.square().sum(dim=-1, keepdim=True)
+        fitted = (blocks * numbers).sum(dim=-1, keepdim=True) / squares
+        scales = torch.where(fitted.isfinite() & (fitted.half() != 0), fitted, start).half().float()
+        error = (rounded(blocks / scales) * scales - blocks).square().sum(dim=-1, keepdim=True)
+        if best is None or lost is None:
+            best, lost = scales, error
+        else:
+            best = torch.where(error < lost, scales, best)
+            lost = torch.minimum(error, lost)
+    assert best is not None
+    return best
 
 
 def ungrouped(values: Tensor, columns: int) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from memladder.core.ledger import Entry, Known
 from memladder.core.units import MIB
+from memladder.engine.program.steps import CHUNK
 from memladder.frameworks._rules import caches, cpu, stored
 from memladder.frameworks._rules.question import Answer, Question, UnpredictableError
 
@@ -16,11 +17,11 @@ VERSION = "0.1"
 _CONTEXT = 254 * MIB
 _MODULES = 4 * MIB
 _PAGE = 2 * MIB
-_CHUNK = 512
 # Parts of sums, where few rows are multiplied on Hopper (`kernels/cuda/skinny.py`).
 _WORKSPACE = 8 * MIB
 _FEW_ROWS = range(2, 65)
 _HOPPER = (9, 0)
+_NARROW = ("mxfp8", "int8")
 
 
 def predict(question: Question, scheme: stored.Scheme, activation: str) -> Answer:
@@ -68,20 +69,20 @@ def predict(question: Question, scheme: stored.Scheme, activation: str) -> Answe
 
 
 def _arena(question: Question, activation: str) -> int:
-    """Hidden states of all tokens; with them keys and values of all and a chunk's queries and
-    output, or a chunk's norm and its MLP's inner activations (in 8 bits beside 16 where activations
-    are quantised, the norm then in place)."""
-    rows, chunk = question.tokens, min(_CHUNK, question.tokens)
-    hidden = question.model.hidden_size
+    """Hidden states of all tokens; with them keys and values of a sequence (of as many short ones
+    as make a chunk) and a chunk's queries and output, or a chunk's norm and its MLP's inner
+    activations. Where activations are quantised, a chunk's are there in 8 bits beside 16, and the
+    norm is in place; attention's output is in 8 bits alone but for fp8."""
+    rows, chunk = question.tokens, min(CHUNK, question.tokens)
+    hidden, quantised = question.model.hidden_size, activation != "fp16"
+    together = min(rows, max(question.seq_len, chunk))
     best = 0
     for group in question.groups():
         layer, cache = group.layer, group.layer.cache
         queries = layer.heads * layer.head_size
         keys = cache.kv_heads * (cache.key_size + cache.value_size)
-        quantised = activation != "fp16"
-        attention = 2 * rows * keys + 2 * chunk * queries
-        attention += chunk * queries if quantised else 2 * chunk * queries
-        norm = 0 if quantised else 2 * hidden
-        mlp = chunk * (2 * layer.inner + (layer.inner if quantised else 0) + norm)
+        attended = chunk * queries * (1 if activation in _NARROW else 2)
+        attention = 2 * together * keys + 2 * chunk * queries + attended
+        mlp = chunk * (3 * layer.inner if quantised else 2 * layer.inner + 2 * hidden)
         best = max(best, attention, mlp)
     return 2 * rows * hidden + best

@@ -29,6 +29,7 @@ _COMMUNICATION = round(1.9 * GIB)
 _CUBLAS = 32 * MIB
 _CUBLASLT = MIB
 _PAGE = 20 * MIB
+_REPACKED = 30 * MIB
 # 51 graphs; logs say 0.5 to 1.9 GiB.
 _GRAPHS = round(1.2 * GIB)
 
@@ -64,14 +65,26 @@ def predict(question: Question, scheme: stored.Scheme | None) -> Answer:
         notes.append("CUDA graphs are not modelled: logs say 0.5 to 1.9 GiB")
     if question.ranks > 1:
         spread_bytes += GIB // 8
-    if not server:
-        slack = (2 if held.scales else 1) * _PAGE
-        entries.append(Entry("allocator_slack", slack, Known.ASSUMED, "pages of 20 MiB, in part"))
-        spread_bytes += _PAGE
     entries.append(_cache(question, entries, tokens))
+    if not server:
+        entries.append(_slack(entries))
+        spread_bytes += _PAGE
     if minor < _LEAN_SAMPLER or minor > _minor(VERSION):
         notes.append(f"the rules were tried on 0.11, 0.19 and {VERSION}")
     return Answer(tuple(entries), 0.02, spread_bytes, tuple(notes), question.version or VERSION)
+
+
+def _slack(entries: list[Entry]) -> Entry:
+    """The large pool's last page and one of the small; what repacking a quantised matrix left, and
+    holes of a fifth of the activations, in pages (twelve records)."""
+    sizes = {entry.category: entry.nbytes for entry in entries}
+    names = ("weights", "scales", "workspace", "activations", "kv_cache")
+    slack = -sum(sizes.get(name, 0) for name in names) % _PAGE + 2 * MIB
+    if sizes.get("scales"):
+        slack += _REPACKED
+    elif sizes["activations"] > _PAGE:
+        slack += -(-sizes["activations"] // (5 * _PAGE)) * _PAGE
+    return Entry("allocator_slack", slack, Known.ASSUMED, "pages of 20 MiB, in part")
 
 
 def _minor(version: str) -> tuple[int, int]:

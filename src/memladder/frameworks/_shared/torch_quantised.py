@@ -34,6 +34,8 @@ _GROUP_SIZES = (128, 64, 32)
 class Quantised(PyTorch):
     """One package's linear layers in one number format."""
 
+    wholes = pasts = any_family = False
+
     package: str
     """The distribution, and the module, that quantises."""
 

@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from memladder.core.errors import UnavailableError
 from memladder.kernels.cuda.target import capability, has_wgmma, overlap, prefetch, wait
@@ -42,17 +43,21 @@ def _lowest_seen(position, window, WINDOW: tl.constexpr, KEYS: tl.constexpr):
 
 
 @triton.jit
-def _tile(held, at, inside, MASKED: tl.constexpr):
-    """Keys or values [KEYS, WIDTH] as float16."""
-    tile = tl.load(held + at, mask=inside, other=0.0) if MASKED else tl.load(held + at)
+def _tile(held, tiles, row, at, inside, MASKED: tl.constexpr, COPIED: tl.constexpr):
+    """Keys or values [KEYS, WIDTH] as float16, by the copy engine where it is `COPIED`."""
+    if COPIED:
+        tile = tiles.load([row.to(tl.int32), 0])
+    else:
+        tile = tl.load(held + at, mask=inside, other=0.0) if MASKED else tl.load(held + at)
     return tile.to(tl.float16)
 
 
 @triton.jit
-def _step(q, keys, values, key_scales, value_scales, base, token, stop, position, scale, slope,
-          origin, window, cap, capacity, most, total, sums, D: tl.constexpr, WIDTH: tl.constexpr,
-          KEYS: tl.constexpr, ALIBI: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr,
-          SCALED: tl.constexpr, EXACT: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
+def _step(q, keys, values, key_tiles, value_tiles, key_scales, value_scales, base, token, stop,
+          position, scale, slope, origin, window, cap, capacity, most, total, sums,
+          D: tl.constexpr, WIDTH: tl.constexpr, KEYS: tl.constexpr, ALIBI: tl.constexpr,
+          WINDOW: tl.constexpr, CAPPED: tl.constexpr, SCALED: tl.constexpr, EXACT: tl.constexpr,
+          MASKED: tl.constexpr, COPIED: tl.constexpr):  # fmt: skip
     place = token
     if WINDOW:
         place = token % capacity
@@ -63,7 +68,7 @@ def _step(q, keys, values, key_scales, value_scales, base, token, stop, position
     there = token + lane < stop
     inside = there[:, None] & (column < D)[None, :]
     PARTLY: tl.constexpr = MASKED or WIDTH != D
-    b_k = _tile(keys, at, inside, PARTLY)  # [KEYS, WIDTH]
+    b_k = _tile(keys, key_tiles, row, at, inside, PARTLY, COPIED)  # [KEYS, WIDTH]
     scores = tl.dot(q, tl.trans(b_k)) * scale  # [ROWS, KEYS]
     if SCALED:
         scores *= tl.load(key_scales + row + lane, mask=there, other=0.0)[None, :]
@@ -86,7 +91,7 @@ def _step(q, keys, values, key_scales, value_scales, base, token, stop, position
     old = tl.exp2(most - new)
     total = total * old + tl.sum(weights, axis=1)
     sums *= old[:, None]
-    b_v = _tile(values, at, inside, PARTLY)  # [KEYS, WIDTH]
+    b_v = _tile(values, value_tiles, row, at, inside, PARTLY, COPIED)  # [KEYS, WIDTH]
     if SCALED:
         # Weights that float16 holds: relative to the block's largest scale.
         scales = tl.load(value_scales + row + lane, mask=there, other=0.0)
@@ -105,11 +110,12 @@ def _step(q, keys, values, key_scales, value_scales, base, token, stop, position
 
 
 @triton.jit
-def _attend(query, keys, values, key_scales, value_scales, positions, slopes, out, partial, queries,
-            start, heads, kv_heads, capacity, scale, window, cap,
+def _attend(query, keys, values, key_tiles, value_tiles, key_scales, value_scales, positions,
+            slopes, out, partial, queries, start, heads, kv_heads, capacity, scale, window, cap,
             D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
             PARTS: tl.constexpr, ALIBI: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr,
-            SCALED: tl.constexpr, EXACT: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+            SCALED: tl.constexpr, EXACT: tl.constexpr, COPIED: tl.constexpr,
+            PDL: tl.constexpr):  # fmt: skip
     # The last queries see the most keys: they go first.
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     head, part = tl.program_id(1) // PARTS, tl.program_id(1) % PARTS
@@ -160,15 +166,17 @@ def _attend(query, keys, values, key_scales, value_scales, positions, slopes, ou
         # Keys that all of the rows see.
         whole += tl.maximum(tl.minimum(first + low + 1, stop) - begin, 0) // KEYS * KEYS
         for key in range(begin, whole, KEYS):
-            most, total, sums = _step(q, keys, values, key_scales, value_scales, base, key, stop,
-                                      position, scale, slope, first, window, cap, capacity, most,
-                                      total, sums, D, WIDTH, KEYS, ALIBI, WINDOW, CAPPED, SCALED,
-                                      EXACT, False)  # fmt: skip
+            most, total, sums = _step(q, keys, values, key_tiles, value_tiles, key_scales,
+                                      value_scales, base, key, stop, position, scale, slope, first,
+                                      window, cap, capacity, most, total, sums, D, WIDTH, KEYS,
+                                      ALIBI, WINDOW, CAPPED, SCALED, EXACT, False,
+                                      COPIED)  # fmt: skip
+    # The copy engine does not mask: what it would bring from beyond the last token may be NaN.
     for key in range(whole, stop, KEYS):
-        most, total, sums = _step(q, keys, values, key_scales, value_scales, base, key, stop,
-                                  position, scale, slope, first, window, cap, capacity, most,
-                                  total, sums, D, WIDTH, KEYS, ALIBI, WINDOW, CAPPED, SCALED,
-                                  EXACT, True)  # fmt: skip
+        most, total, sums = _step(q, keys, values, key_tiles, value_tiles, key_scales,
+                                  value_scales, base, key, stop, position, scale, slope, first,
+                                  window, cap, capacity, most, total, sums, D, WIDTH, KEYS,
+                                  ALIBI, WINDOW, CAPPED, SCALED, EXACT, True, False)  # fmt: skip
     if PARTS > 1:
         at = at * PARTS + part
         tl.store(partial + (at * D)[:, None] + column[None, :], sums, mask=inside)
@@ -223,14 +231,15 @@ class Cut:
 # By rows, and by what takes registers besides: heads of more than 128 columns, codes that are made
 # numbers.
 _CUTS = {
-    "16 rows": (Cut(16, 64, 4, 3), Cut(16, 128, 4, 2), Cut(16, 64, 2, 3), Cut(16, 128, 8, 2)),
+    "16 rows": (Cut(16, 64, 4, 3), Cut(16, 128, 8, 2), Cut(16, 32, 4, 4)),
     "32 rows": (Cut(32, 64, 4, 3),),
     "64 rows": (Cut(64, 64, 4, 3),),
-    "64 rows codes": (Cut(64, 32, 4, 3),),
-    "16 rows wide": (Cut(16, 32, 4, 3),),
-    "32 rows wide": (Cut(32, 32, 4, 3),),
-    "64 rows wide": (Cut(64, 32, 8, 2),),
-    "many": (Cut(128, 64, 8, 3), Cut(64, 64, 4, 3)),
+    "64 rows codes": (Cut(64, 32, 8, 3),),
+    "16 rows wide": (Cut(16, 32, 8, 3),),
+    "32 rows wide": (Cut(32, 32, 8, 2),),
+    "64 rows wide": (Cut(32, 32, 8, 2),),
+    "many": (Cut(128, 64, 8, 3),),
+    "many copied": (Cut(128, 64, 8, 3), Cut(64, 64, 4, 3)),
     "many codes": (Cut(64, 32, 8, 3),),
     "many wide": (Cut(32, 32, 8, 2),),
     # Without asynchronous products more lies in registers.
@@ -274,12 +283,20 @@ def cached_attention(
     parts = 1 if partial is None else len(partial) // (len(query) * heads)
     width = max(16, triton.next_power_of_2(d))
     kind = _kind(queries * group, parts, width, key_scales is not None)
+    copied = kind == "many" and not window and d % 8 == 0
+    if copied:
+        kind += " copied"
     cut = choice("cached_attention", kind, _CUTS[kind])
     codes = element(format)
+    held = [keys.view(codes), values.view(codes)]
+    tiles: list[Tensor | TensorDescriptor] = list(held)
+    if copied:
+        shape, stride = list(keys.shape), [d, 1]
+        tiles = [TensorDescriptor(x, shape, stride, [cut.keys, width]) for x in held]
     options = {"D": d, "WIDTH": width, "KEYS": cut.keys, "PARTS": parts, "WINDOW": window > 0}
     options |= overlap()
     _attend[(triton.cdiv(queries * group, cut.rows), kv_heads * parts, sequences)](
-        *(query, keys.view(codes), values.view(codes)),
+        *(query, *held, *tiles),
         query if key_scales is None else key_scales,
         query if value_scales is None else value_scales,
         positions,
@@ -292,6 +309,7 @@ def cached_attention(
         CAPPED=softcap > 0,
         SCALED=key_scales is not None,
         EXACT=exact,
+        COPIED=copied,
         num_warps=cut.warps,
         num_stages=cut.stages,
     )

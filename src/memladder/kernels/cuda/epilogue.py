@@ -8,7 +8,7 @@ import triton.language as tl
 
 @triton.jit
 def activated(x, NAME: tl.constexpr):
-    """An activation of `naive.ACTIVATIONS`."""
+    """A function that follows a product (`kernels.functions`); "" stands for none."""
     if NAME == "silu":
         x = x * tl.sigmoid(x)
     elif NAME == "gelu":

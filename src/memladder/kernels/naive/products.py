@@ -10,7 +10,7 @@ from torch import Tensor
 from memladder import formats
 from memladder.formats._shared.base import Format, Quantised
 from memladder.kernels.naive.blocks import ROWS, TILE, blocks
-from memladder.kernels.naive.rows import ACTIVATIONS, rotary
+from memladder.kernels.naive.rows import activated, rotary
 from memladder.kernels.packed import PackedMatrix
 
 _WEIGHT_ROWS = 512
@@ -35,7 +35,7 @@ def matmul(
     (`Format.is_integer`) products are summed exactly.
     """
     for m, n in _output_blocks(x, weight):
-        sums = ACTIVATIONS[activation](_product(x, weight, m, n, bias, scales, format))
+        sums = activated(_product(x, weight, m, n, bias, scales, format), activation)
         if residual is not None:
             sums += residual[m, n].float()
         out[m, n] = sums
@@ -58,7 +58,7 @@ def glu(
     gate, up [N, K]; all else as in `matmul`.
     """
     for m, n in _output_blocks(x, gate):
-        sums = ACTIVATIONS[activation](_product(x, gate, m, n, gate_bias, scales, format))
+        sums = activated(_product(x, gate, m, n, gate_bias, scales, format), activation)
         out[m, n] = sums.mul_(_product(x, up, m, n, up_bias, scales, format))
 
 

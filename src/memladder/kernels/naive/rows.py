@@ -9,18 +9,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from memladder import formats
+from memladder.kernels.functions import FUNCTIONS
 from memladder.kernels.naive.blocks import row_blocks
 
-ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
-    "": lambda x: x,
+TWINS: Mapping[str, Callable[..., Tensor]] = {
     "silu": lambda x: functional.silu(x, inplace=True),
     "gelu": functional.gelu,
     "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
     "relu": torch.relu_,
-}
-
-FUNCTIONS: Mapping[str, Callable[..., Tensor]] = {
-    **{name: function for name, function in ACTIVATIONS.items() if name},
     "sigmoid": torch.sigmoid,
     "tanh": torch.tanh,
     "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
@@ -31,7 +27,7 @@ FUNCTIONS: Mapping[str, Callable[..., Tensor]] = {
     "add": torch.add,
     "mul": torch.mul,
 }
-"""What `pointwise` computes: of an element, and of a number or two or another element."""
+"""Of `kernels.functions`: those with a kernel, in PyTorch. The operand may be overwritten."""
 
 
 def rms_norm(x: Tensor, weight: Tensor, out: Tensor, *, eps: float) -> None:
@@ -78,12 +74,20 @@ def pointwise(
 ) -> None:
     """out = function(x), or of x and `other`, or of x and `number` (clip: and `most`).
 
-    x, other, out [rows, columns], may be the same. `function` is one of `FUNCTIONS`.
+    x, other, out [rows, columns], may be the same. `function` has a kernel.
     """
-    numbers = {"plus": (number,), "scale": (number,), "clip": (number, most)}.get(function, ())
+    numbers = (number, most)[: FUNCTIONS[function].numbers]
     for part in row_blocks(x):
         operands = [x[part].float()] if other is None else [x[part].float(), other[part].float()]
-        out[part] = FUNCTIONS[function](*operands, *numbers)
+        out[part] = TWINS[function](*operands, *numbers)
+
+
+def activated(x: Tensor, activation: str) -> Tensor:
+    """activation(x), which may be x itself, overwritten; "" stands for none."""
+    if not activation:
+        return x
+    assert FUNCTIONS[activation].follows_product
+    return TWINS[activation](x)
 
 
 def quantise(x: Tensor, codes: Tensor, scales: Tensor, *, format: str) -> None:

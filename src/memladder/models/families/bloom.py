@@ -11,6 +11,7 @@ from typing import Any
 from memladder.models import CacheGeometry, LayerOutline, Widths, fields
 
 TITLE = "BLOOM"
+CLASS_NAME = "BloomForCausalLM"
 
 VALUES: Mapping[str, Any] = {
     "model_type": "bloom",

@@ -12,6 +12,7 @@ from memladder.core.errors import ConfigError
 from memladder.models import CacheGeometry, LayerOutline, Widths, fields
 
 TITLE = "LLAMA"
+CLASS_NAME = "LlamaForCausalLM"
 
 VALUES: Mapping[str, Any] = {
     "model_type": "llama",

@@ -1,0 +1,1 @@
+"""One self-contained page of records: drawn, explained, compared, and asked what fits."""
