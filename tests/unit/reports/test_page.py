@@ -19,8 +19,8 @@ from memladder.predictor import api, gpus, model
 from memladder.reports.html import comparison, fitting, rows
 from memladder.reports.html.page import embedded, page
 from memladder.reports.html.rows import Shown
+from tests.unit.command import Command
 
-from .command import Command
 from .examples import record, verification
 
 H100 = Path(__file__).parents[3] / "results" / "h100.json"
