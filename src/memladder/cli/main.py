@@ -14,6 +14,7 @@ import typer
 
 from memladder import __version__
 from memladder.cli import ending, explaining, predicting, reporting
+from memladder.cli.commands.cache import show_cache
 from memladder.cli.commands.dequantize import dequantize
 from memladder.cli.commands.evaluate import evaluate
 from memladder.cli.commands.generate import generate
@@ -431,6 +432,7 @@ def run_layer(
 app.command()(generate)
 app.command()(evaluate)
 app.command()(dequantize)
+app.command("cache")(show_cache)
 
 
 @app.command()

@@ -40,7 +40,8 @@ def test_a_layer_is_compiled_and_run(memladder: Command, model: Path, tmp_path: 
     assert (done.code, done.err) == (0, "")
     assert done.out == "made: 1 steps, arena 0.0 MiB, chunk 512; kernels for a GPU: 1\n"
     made = sorted(path.name for path in (tmp_path / "made").iterdir())
-    assert made == ["arena.svg", "kernels", "program.json", "schedule.md", "weights.safetensors"]
+    weights = ["weights.safetensors", "weights.safetensors.sha256"]
+    assert made == ["arena.svg", "kernels", "program.json", "schedule.md", *weights]
     states = np.random.default_rng(1).normal(size=(2, 5, 8)).astype(np.float32)
     np.save(tmp_path / "x.npy", states)
     arguments = ("run", "made", "--device", "cpu", "--input", "x.npy", "--output")

@@ -157,7 +157,9 @@ def test_a_layer_is_packed_and_judged(memladder: Command, tmp_path: Path, name: 
     assert (done.code, done.err) == (0, "")
     path = tmp_path / f"out/{model}-layer1-int4.safetensors"
     summary = path.with_suffix(".json")
-    assert sorted(p.name for p in path.parent.iterdir()) == [summary.name, path.name]
+    assert sorted(p.name for p in path.parent.iterdir()) == [
+        *(summary.name, path.name, f"{path.name}.sha256")
+    ]
 
     packed = packed_layer.load(path)
     found = json.loads(summary.read_text())

@@ -99,6 +99,7 @@ def test_it_goes_on_where_it_was_stopped(
     packed = tmp_path / "packed"
     assert sorted(path.name for path in packed.iterdir()) == [
         "layer-00000.safetensors",
+        "layer-00000.safetensors.sha256",
         "memladder.json",
     ]
     half = memladder("generate", "packed", "--ids", "1")
@@ -177,7 +178,10 @@ def test_files_that_changed(source: tuple[Any, Path], memladder: Command, tmp_pa
     data[-1] ^= 1
     path.write_bytes(data)
     with pytest.raises(whole.FormatError, match="SHA-256"):
-        folders.verify(folder, index)
+        folders.verify(folder, index, full=False)
+    done = memladder("generate", folder, "--ids", "1", "--device", "cpu")
+    assert done.code == 2
+    assert f"{path} is not as it was written: its SHA-256 differs" in done.err
     path.write_bytes(data[:-1])
     done = memladder("generate", folder, "--ids", "1", "--device", "cpu")
     assert done.code == 2

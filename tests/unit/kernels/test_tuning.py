@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from memladder.core import digests
 from memladder.core.errors import CacheError
 from memladder.kernels.cuda import tuning
 
@@ -36,7 +37,12 @@ def test_the_first_is_the_default_and_a_kept_one_comes_back(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"kernel few": 1}', "\x80"])
 def test_a_damaged_file_is_refused(text: str, tmp_path: Path) -> None:
-    file = tmp_path / "gpu.json"
+    file = tmp_path / "tuning" / "gpu.json"
+    tuning.prefer({})
+    tuning.save(file)
     file.write_bytes(text.encode("latin-1"))
+    with pytest.raises(CacheError, match="SHA-256 differs; `memladder tune` makes it anew"):
+        tuning.load(file)
+    digests.note(file, digests.of(file))
     with pytest.raises(CacheError, match="`memladder tune` makes it anew"):
         tuning.load(file)

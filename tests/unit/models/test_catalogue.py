@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from memladder import models
+from memladder.core import digests
 from memladder.core.case import Workload
 from memladder.core.errors import ConfigError, UsageError
 from memladder.models import ModelConfig, catalogue, describe
@@ -208,6 +209,7 @@ def test_reading_needs_no_torch_and_asks_once(tmp_path: Path) -> None:
     assert done.stdout.split() == ["Qwen3ForCausalLM", "6", "False"]
     (kept,) = (tmp_path / "cache" / "models").glob("*.json")
     kept.write_text(kept.read_text().replace("Qwen3ForCausalLM", "Kept"))
+    digests.note(kept, digests.of(kept))
     assert catalogue.read(path, tmp_path / "cache").class_name == "Kept"
 
 

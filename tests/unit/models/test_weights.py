@@ -100,10 +100,13 @@ def test_it_is_made_once_and_tells_its_progress(tmp_path: Path) -> None:
     before = path.stat().st_mtime_ns
     assert weights.ensure(config, tmp_path, 0) == path
     assert path.stat().st_mtime_ns == before
-    assert sorted(p.name for p in path.parent.iterdir()) == [".lock", "weights.safetensors"]
+    names = [".lock", "weights.safetensors", "weights.safetensors.sha256"]
+    assert sorted(p.name for p in path.parent.iterdir()) == names
+    told = (path.parent / names[2]).read_text().splitlines()
+    assert told[0] == f"{digest(path)}  {path.name}"
 
 
-@pytest.mark.parametrize("damage", ["truncated", "header", "longer"])
+@pytest.mark.parametrize("damage", ["truncated", "header", "longer", "zeros"])
 def test_a_damaged_file_is_made_again(
     damage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -116,12 +119,17 @@ def test_a_damaged_file_is_made_again(
         elif damage == "longer":
             file.seek(0, os.SEEK_END)
             file.write(b"x")
+        elif damage == "zeros":
+            file.seek(50_000)
+            file.write(bytes(1000))
         else:
             file.seek(20)
             file.write(b"x")
     capsys.readouterr()
     assert digest(weights.ensure(config, tmp_path, 0)) == good
-    assert "damaged and is made again" in capsys.readouterr().err
+    assert (
+        "is not as it was written: its SHA-256 differs; it is made again" in capsys.readouterr().err
+    )
 
 
 def test_two_processes_make_one_file(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from memladder import formats
+from memladder.core import digests
 from memladder.core.case import Workload
 from memladder.core.errors import OverflowedError, UsageError
 from memladder.engine.compile import bundle
@@ -172,6 +173,7 @@ def load_layer(
     UsageError for a format that is none of activations, and for a device that is not here.
     """
     where = torch_device(device)
+    digests.require(Path(path))
     packed = packed_layer.load(Path(path))
     rounded = activation_format(activation or packed.form.format.activation)
     placed = _placed(packed, where)
