@@ -20,8 +20,7 @@ from memladder.reports.html import comparison, fitting, rows
 from memladder.reports.html.page import embedded, page
 from memladder.reports.html.rows import Shown
 from tests.unit.command import Command
-
-from .examples import record, verification
+from tests.unit.examples import record, verification
 
 H100 = Path(__file__).parents[3] / "results" / "h100.json"
 HOSTILE = "</script><script>alert(1)</script><!-- \"'&\u2028=cmd|' /C calc'!A0 \x1b[31m"
