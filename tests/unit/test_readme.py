@@ -1,4 +1,4 @@
-"""The pages' tables are what the records in `results/` say, to the MiB; the README's what is printed."""
+"""The pages' tables are what the records in `results/` say; the README's what is printed."""
 
 import json
 import re
