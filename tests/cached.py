@@ -11,9 +11,9 @@ from torch import Tensor
 from memladder.core.case import Workload
 from memladder.engine.packed import packed_layer
 from memladder.engine.packed.packed_layer import PackedLayer
-from memladder.engine.program.builder import CHUNK
 from memladder.engine.program.cache import CacheShape
 from memladder.engine.program.plan import plan
+from memladder.engine.program.steps import CHUNK
 from memladder.engine.run.execute import Execution, shared_arena_bytes
 from memladder.engine.run.positions import Positions
 from memladder.formats._shared.base import Format

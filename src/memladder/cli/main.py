@@ -14,6 +14,7 @@ import typer
 
 from memladder import __version__
 from memladder.cli import ending, explaining, predicting, reporting
+from memladder.cli.commands.cache import show_cache
 from memladder.cli.commands.dequantize import dequantize
 from memladder.cli.commands.evaluate import evaluate
 from memladder.cli.commands.generate import generate
@@ -21,17 +22,23 @@ from memladder.core.case import MAX_BATCH_SIZE, MAX_PAST, MAX_SEQ_LEN
 from memladder.core.errors import UsageError
 
 
-def _app(text: str) -> typer.Typer:
+def _app(text: str, *, completion: bool = False) -> typer.Typer:
+    """An application whose options and commands are typed with `-` or `_` alike."""
     return typer.Typer(
         help=text,
-        add_completion=False,
+        add_completion=completion,
         rich_markup_mode=None,
         pretty_exceptions_enable=False,
-        context_settings={"help_option_names": ["-h", "--help"]},
+        context_settings={
+            "help_option_names": ["-h", "--help"],
+            "token_normalize_func": lambda token: token.replace("_", "-"),
+        },
     )
 
 
-app = _app("How much memory an LLM layer needs under an inference framework, measured.")
+app = _app(
+    "How much memory an LLM layer needs under an inference framework, measured.", completion=True
+)
 _run_all_app = _app("Draw Figure 11 from the published data, or measure it here and draw that.")
 _measure_app = _app("Measure the memory of one decoder layer under one framework, at one shape.")
 
@@ -431,6 +438,7 @@ def run_layer(
 app.command()(generate)
 app.command()(evaluate)
 app.command()(dequantize)
+app.command("cache")(show_cache)
 
 
 @app.command()

@@ -15,6 +15,7 @@ from rich.table import Column, Table
 from memladder import models
 from memladder.cli.actions import needed, progress_bar
 from memladder.cli.console import plain_console
+from memladder.core import digests
 from memladder.core.errors import FormatError, UsageError
 from memladder.core.files import writable_folder, write_atomic
 from memladder.core.units import mib
@@ -79,6 +80,7 @@ def quantize(folder: Path, number: int, text: str, out: Path) -> None:
         write_atomic(summary, json.dumps(found, indent=1, allow_nan=False) + "\n")
     except BaseException:
         path.unlink()
+        digests.beside(path).unlink(missing_ok=True)
         raise
     print_table(plain_console(), _quantised_table(found))
     print(f"{path}\n{summary}")
@@ -133,6 +135,7 @@ def _new_file(path: Path) -> Iterator[Path]:
         yield part
         # Another process may have been quicker.
         _refuse_existing(path)
-        part.replace(path)
+        digests.moved(part, path)
     finally:
         part.unlink(missing_ok=True)
+        digests.beside(part).unlink(missing_ok=True)

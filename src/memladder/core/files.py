@@ -180,7 +180,10 @@ def require_own(path: Path, top: Path) -> None:
     for one in (path, *path.parents[: len(path.relative_to(top).parts)]):
         found = one.lstat()
         if found.st_uid not in (0, os.geteuid()):
-            raise UsageError(f"{one} belongs to user {found.st_uid}, so it is not used; remove it")
+            raise UsageError(
+                f"{one} belongs to user {found.st_uid}, so it is not used; remove it, or check "
+                f"what it holds, then: chown {os.geteuid()} {one}"
+            )
         shared = not stat.S_ISLNK(found.st_mode) and found.st_mode & _OTHERS_WRITE
         if shared and not found.st_mode & stat.S_ISVTX and not _only_ours(found):
             mode = stat.S_IMODE(found.st_mode)

@@ -9,8 +9,11 @@ Listing the formats loads none of them; a format's file imports torch.
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import importlib
+from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from memladder.core.errors import FormatError
@@ -19,15 +22,33 @@ from memladder.core.folders import entries
 if TYPE_CHECKING:
     from memladder.formats._shared.base import Format
 
-ACTIVATIONS = {"fp8": "fp8", "mxfp8": "mxfp8", "int1": "int8"}
-"""Weight formats whose products take activations in a format of their own; all others take fp16."""
-
 _FLAGS = {"true": True, "false": False}
 
 
 def names() -> tuple[str, ...]:
     """Keys of all formats, sorted."""
     return entries(__path__)
+
+
+@cache
+def literal(name: str, attribute: str) -> bool | int | str:
+    """A class attribute of a format that is written as a literal, read from its file, or else from
+    `Format`'s, without importing it: torch would come along.
+
+    >>> literal("int1", "activation"), literal("int4", "activation")
+    ('int8', 'fp16')
+    """
+    folder = Path(__file__).parent
+    for path in (folder / f"{name}.py", folder / "_shared" / "base.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Assign | ast.AnnAssign):
+                continue
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            if any(isinstance(one, ast.Name) and one.id == attribute for one in targets):
+                assert node.value is not None
+                found: bool | int | str = ast.literal_eval(node.value)
+                return found
+    raise AttributeError(f"{name}: no format says {attribute}")
 
 
 def get(text: str) -> Format:

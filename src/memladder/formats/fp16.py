@@ -21,6 +21,7 @@ class Fp16(Format):
     bits = 16
     source = "IEEE 754-2019, binary16"
     is_activation = True
+    is_row = False  # `ladder` alone
 
     def quantise(self, values: Tensor) -> Quantised:
         """Round to nearest even. Raises FormatError for a finite value beyond 65504."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from memladder.formats._shared.base import Format, Quantised, absmax, choose, divided, half
-from memladder.formats._shared.elements import ELEMENTS
+from memladder.formats._shared.elements import ELEMENTS, Element
 
 _SCALES = {"float32": torch.float32, "float16": torch.float16}
 
@@ -27,10 +27,21 @@ class Fp8(Format):
     bits = 8
     source = "arXiv:2209.05433"
     is_activation = True
+    activation = "fp8"
 
     def __post_init__(self) -> None:
         choose("fp8: element", self.element, tuple(ELEMENTS))
         choose("fp8: scale", self.scale, tuple(_SCALES))
+
+    @property
+    def element_type(self) -> Element:
+        """As chosen."""
+        return ELEMENTS[self.element]
+
+    @property
+    def operand(self) -> torch.dtype:  # type: ignore[override]
+        """The element."""
+        return self.element_type.dtype
 
     @property
     def scale_dtype(self) -> torch.dtype:  # type: ignore[override]
@@ -39,7 +50,7 @@ class Fp8(Format):
 
     def quantise(self, values: Tensor) -> Quantised:
         """A row of zeros has scale 1."""
-        element = ELEMENTS[self.element]
+        element = self.element_type
         values = values.float()
         most = absmax(values)
         scales = torch.where(most == 0, 1.0, divided(most, element.top))
@@ -52,7 +63,7 @@ class Fp8(Format):
 
     def decode(self, codes: Tensor) -> Tensor:
         """The elements."""
-        return ELEMENTS[self.element].decode(codes)
+        return self.element_type.decode(codes)
 
 
 FORMAT = Fp8

@@ -23,6 +23,8 @@ class Int1(Format):
     scale_dtype = torch.float16
     source = "arXiv:2310.11453, section 2.1; arXiv:1603.05279, section 3.1"
     is_integer = True
+    operand = torch.int8
+    activation = "int8"
 
     def quantise(self, values: Tensor) -> Quantised:
         """Signs, and the rows' mean magnitudes."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from memladder.formats._shared.base import Format, Quantised, absmax, divided
+from memladder.formats._shared.elements import INT8, Element
 
 
 @dataclass(frozen=True)
@@ -22,14 +23,20 @@ class Int8(Format):
     source = "arXiv:2310.11453, section 2.2"
     is_activation = True
     is_integer = True
+    operand = torch.int8
+    is_row = False  # an activation's format
+
+    @property
+    def element_type(self) -> Element:
+        """Whole numbers."""
+        return INT8
 
     def quantise(self, values: Tensor) -> Quantised:
         """Nearest, ties to even. A row of zeros has scale 1."""
         values = values.float()
         most = absmax(values)
         scales = torch.where(most == 0, 1.0, divided(most, 127.0))
-        codes = torch.round(values / scales).clamp_(-127, 127).to(torch.int8)
-        return Quantised(codes.view(torch.uint8), scales)
+        return Quantised(INT8.encode(values / scales), scales)
 
     def decode(self, codes: Tensor) -> Tensor:
         """−127 to 127."""

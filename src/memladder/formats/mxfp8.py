@@ -12,7 +12,7 @@ from torch import Tensor
 
 from memladder.formats._shared import mx
 from memladder.formats._shared.base import Format, Quantised, choose, grouped, ungrouped
-from memladder.formats._shared.elements import ELEMENTS
+from memladder.formats._shared.elements import ELEMENTS, Element
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,15 @@ class Mxfp8(Format):
     scale_dtype = torch.uint8
     source = "OCP Microscaling Formats (MX) v1.0, section 5.3.1"
     is_activation = True
+    activation = "mxfp8"
 
     def __post_init__(self) -> None:
         choose("mxfp8: element", self.element, tuple(ELEMENTS))
+
+    @property
+    def element_type(self) -> Element:
+        """As chosen."""
+        return ELEMENTS[self.element]
 
     @property
     def group(self) -> int:
@@ -36,7 +42,7 @@ class Mxfp8(Format):
 
     def quantise(self, values: Tensor) -> Quantised:
         """Nearest, ties to even, saturating: values above 1.75 of the block's power of two do."""
-        element = ELEMENTS[self.element]
+        element = self.element_type
         blocks = grouped(values, mx.BLOCK)
         scales = mx.scale_codes(blocks, element.exponent)
         codes = element.encode(mx.scaled(blocks, scales))
@@ -44,7 +50,7 @@ class Mxfp8(Format):
 
     def decode(self, codes: Tensor) -> Tensor:
         """The elements."""
-        return ELEMENTS[self.element].decode(codes)
+        return self.element_type.decode(codes)
 
     def scale_values(self, scales: Tensor) -> Tensor:
         """Powers of two."""

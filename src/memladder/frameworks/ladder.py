@@ -44,8 +44,6 @@ _INSTALL = {
 # onnx and onnxscript export the layer that is compiled.
 _NEEDED = ("torch", "transformers", "safetensors", "onnx", "onnxscript")
 _NEEDED_ON_CUDA = ("triton", "cuda.bindings")
-# Kept as it is, or an activation's format only.
-_NO_WEIGHTS = {"fp16", "int8"}
 # Compute capabilities: asynchronous copies into shared memory, and fp8 arithmetic.
 _LEAST = (8, 0)
 _LEAST_FP8 = (8, 9)
@@ -277,7 +275,7 @@ class _Session(Session):
 
     def settings(self) -> Mapping[str, Setting]:
         """Formats, the arena, and the kernels that ran."""
-        from memladder.engine.program.builder import CHUNK
+        from memladder.engine.program.steps import CHUNK
         from memladder.models import onnx_export, parameters
 
         on_device = (
@@ -316,12 +314,9 @@ class _Session(Session):
 
 def _variants() -> dict[str, Ladder]:
     """A variant a weight format, with the activations that go with it."""
-    pairs = ((formats.ACTIVATIONS.get(name, "fp16"), name) for name in formats.names())
-    return {
-        f"{activation}_{weight}": Ladder(activation, weight)
-        for activation, weight in pairs
-        if weight not in _NO_WEIGHTS
-    }
+    rows = [name for name in formats.names() if formats.literal(name, "is_row")]
+    pairs = [(str(formats.literal(name, "activation")), name) for name in rows]
+    return {f"{activation}_{weight}": Ladder(activation, weight) for activation, weight in pairs}
 
 
 FRAMEWORK = Ladder("fp16", "fp16")

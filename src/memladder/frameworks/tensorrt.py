@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from memladder.core.devices import compute_capability
+from memladder.core.errors import CacheError
 from memladder.core.plan import CompilerPlan
 from memladder.core.units import MIB
 from memladder.frameworks._shared.base import (
@@ -98,10 +99,12 @@ class TensorRT(Framework):
         if name is None or _why_not(name, job.case.device) is not None:
             return
         path = _engine_path(graph, name, job.case.device)
-        with cache.writing(path.parent):
-            if not path.exists():
-                with cache.replacing(path) as part, part.open("wb") as file:
-                    build(load(name), graph, None, file)
+
+        def make(part: Path) -> None:
+            with part.open("wb") as file:
+                build(load(name), graph, None, file)
+
+        cache.made(path, make)
 
     def plan(self, job: Job) -> tuple[CompilerPlan, Mapping[str, Setting]]:
         """The real engine for the target, built and thrown away."""
@@ -163,7 +166,10 @@ class _Session(Session):
         """Load the engine: its weights go to the device."""
         job = self.job
         graph = onnx_export.ensure(job.config, job.cache_dir, job.case.shape, job.seed)
-        plan = _engine_path(graph, self._name, job.case.device).read_bytes()
+        path = _engine_path(graph, self._name, job.case.device)
+        if not cache.is_whole(path):
+            raise CacheError(f"{path} is not as it was made; measured again, it is made again")
+        plan = path.read_bytes()
         self._runtime = self._trt.Runtime(logger(self._trt))
         with _memory_errors():
             self._engine = self._runtime.deserialize_cuda_engine(plan)

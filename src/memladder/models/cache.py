@@ -1,25 +1,28 @@
-"""Where made files live: weights and exported graphs, one folder a layer and seed.
+"""Where made files live: weights and all that is made of them, one folder a layer and seed.
 
-A graph, and a compiled layer, has its SHA-256 in a file beside it: one that was cut or altered is
-made again.
+Each has its SHA-256 in a file beside it (`core.digests`): one that was cut or altered is made
+again. What another user could have written is not used.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
+import stat
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from memladder.core import digests
 from memladder.core.errors import CacheError, UsageError
+from memladder.core.files import require_own
 from memladder.core.units import format_bytes
 from memladder.models import LayerConfig
 
 # Room left for the file system itself.
 _SPARE_BYTES = 64 << 20
+_OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
 def default_dir() -> Path:
@@ -50,11 +53,15 @@ def graph_dir(config: LayerConfig, cache_dir: Path) -> Path:
 
 @contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """Hold the folder for writing; a second process waits. Raises CacheError if it can't be."""
+    """Hold the folder for writing; a second process waits. Raises CacheError if it can't be, and
+    UsageError where another user could have written there."""
     from filelock import FileLock
 
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        if not folder.parent.exists():
+            folder.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+        folder.mkdir(mode=0o755, exist_ok=True)
+        require_ours(folder)
         lock = FileLock(folder / ".lock")
         lock.acquire()
     except (OSError, NotImplementedError) as error:
@@ -69,49 +76,67 @@ def writing(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A name to write to; it becomes `path` when all went well and is removed otherwise."""
+    """A name to write to; it becomes `path`, with its digest beside it, when all went well and is
+    removed otherwise."""
     part = path.with_name(path.name + ".part")
     # What a killed process has left, or a link that somebody has laid.
     part.unlink(missing_ok=True)
+    digests.beside(part).unlink(missing_ok=True)
     try:
         yield part
-        part.replace(path)
+        digests.moved(part, path)
     finally:
         part.unlink(missing_ok=True)
+        digests.beside(part).unlink(missing_ok=True)
 
 
-def made(path: Path, make: Callable[[Path], object]) -> Path:
-    """`path`, written by `make` where it is not there or not as it was made.
+def made(
+    path: Path,
+    make: Callable[[Path], object],
+    *,
+    nbytes: int = 0,
+    fits: Callable[[Path], bool] = Path.is_file,
+) -> Path:
+    """`path`, written by `make` where it is not there, or not as it was made: which is told.
 
-    Raises what `make` raises, and CacheError where the folder can't be written.
+    `nbytes` are needed on the disk; `fits` looks at what the digest can't tell: is it the file that
+    would be made now? Raises what `make` raises, CacheError where the folder can't be written, and
+    UsageError where another user could have written file or folder.
     """
-    if is_whole(path):
+    if _fault(path, fits) is None:
         return path
     with writing(path.parent):
         # Another process may have been quicker.
-        if not is_whole(path):
+        found = _fault(path, fits)
+        if found is not None:
+            if path.exists():
+                sys.stderr.write(f"warning: {path} {found}; it is made again\n")
+            require_space(path.parent, nbytes)
             with replacing(path) as part:
                 make(part)
-                digest = _digest(part)
-            with replacing(_beside(path)) as part:
-                part.write_text(digest, encoding="ascii")
+                part.chmod(stat.S_IMODE(part.stat().st_mode) & ~_OTHERS_WRITE)
     return path
 
 
 def is_whole(path: Path) -> bool:
     """Is the file there, as `made` has written it?"""
-    try:
-        return _digest(path) == _beside(path).read_text(encoding="ascii")
-    except (OSError, ValueError):
-        return False
+    return _fault(path, Path.is_file) is None
 
 
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def require_ours(path: Path) -> None:
+    """Raise UsageError where a file of the cache, its folder or the cache's own could have been
+    written by another user than this one and root; what is not there yet is none's."""
+    folder = path.parent.resolve()
+    for one in (folder.parent, folder, folder / path.name, path.resolve()):
+        with suppress(FileNotFoundError):
+            require_own(one, one)
 
 
-def _beside(path: Path) -> Path:
-    return path.with_name(f"{path.name}.sha256")
+def _fault(path: Path, fits: Callable[[Path], bool]) -> str | None:
+    if not path.exists():
+        return "is not there"
+    require_ours(path)
+    return digests.fault(path) or (None if fits(path) else "was made otherwise")
 
 
 def require_space(

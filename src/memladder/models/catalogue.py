@@ -18,7 +18,6 @@ from typing import Any
 from memladder import models
 from memladder.core import children
 from memladder.core.errors import CacheError, ConfigError, UnavailableError, UsageError
-from memladder.core.files import write_atomic
 from memladder.core.serial import from_json
 from memladder.core.text import clean
 from memladder.models import ModelConfig, cache
@@ -89,10 +88,7 @@ def _described(raw: Mapping[str, Any], where: str, cache_dir: Path) -> ModelConf
     key = f"{_RECIPE} {_version('transformers')} {text}"
     digest = hashlib.sha256(key.encode()).hexdigest()[:16]
     path = cache_dir / "models" / f"{digest}.json"
-    if not path.exists():
-        with cache.writing(path.parent):
-            if not path.exists():
-                write_atomic(path, _asked(text, where))
+    cache.made(path, lambda part: part.write_text(_asked(text, where), encoding="utf-8"))
     try:
         return from_json(ModelConfig, json.loads(path.read_bytes()))
     except (ValueError, OSError, ConfigError):

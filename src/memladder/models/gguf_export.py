@@ -98,14 +98,8 @@ def ensure(config: LayerConfig, cache_dir: Path, seed: int) -> Path:
     data = weights.ensure(config, cache_dir, seed)
     version = importlib.metadata.version("gguf")
     path = data.with_name(f"layer-q4_0-{_RECIPE}-gguf{version}.gguf")
-    if path.exists():
-        return path
-    with cache.writing(path.parent):
-        if not path.exists():
-            cache.require_space(path.parent, layer_bytes(config) + other_bytes(config))
-            with cache.replacing(path) as part:
-                _write(config, data, seed, part)
-    return path
+    needed = layer_bytes(config) + other_bytes(config)
+    return cache.made(path, lambda part: _write(config, data, seed, part), nbytes=needed)
 
 
 @dataclass(frozen=True)

@@ -14,15 +14,15 @@ from __future__ import annotations
 import json
 import math
 import os
-import sys
 import zlib
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from memladder.core import digests
 from memladder.core.case import Workload
 from memladder.models import LayerConfig, cache, hidden_size, tensor_shapes
 
@@ -83,19 +83,12 @@ def ensure(
     `progress` is called with bytes done and bytes in all. Raises CacheError where the folder
     can't be written or the disk is too small. A damaged file is made anew, with a warning.
     """
-    folder = cache.layer_dir(config, cache_dir, seed)
-    path = folder / FILE_NAME
-    if _is_whole(path, config, seed):
-        return path
-    with cache.writing(folder):
-        if _is_whole(path, config, seed):
-            return path
-        if path.exists():
-            sys.stderr.write(f"warning: {path} is damaged and is made again\n")
-        cache.require_space(folder, len(header(config, seed)) + weight_bytes(config))
-        with cache.replacing(path) as part:
-            _write(part, config, seed, progress)
-    return path
+    return cache.made(
+        cache.layer_dir(config, cache_dir, seed) / FILE_NAME,
+        lambda part: _write(part, config, seed, progress),
+        nbytes=len(header(config, seed)) + weight_bytes(config),
+        fits=lambda path: _fits(path, config, seed),
+    )
 
 
 def hidden_states(config: LayerConfig, shape: Workload, seed: int) -> np.ndarray:
@@ -136,7 +129,7 @@ def _fill(states: np.ndarray, seed: int, name: str) -> None:
         part[:] = _normal(seed, name, chunk, part.size)
 
 
-def _is_whole(path: Path, config: LayerConfig, seed: int) -> bool:
+def _fits(path: Path, config: LayerConfig, seed: int) -> bool:
     wanted = header(config, seed)
     try:
         with path.open("rb") as file:
@@ -151,22 +144,25 @@ def _write(path: Path, config: LayerConfig, seed: int, progress: Progress | None
     """Fill the file chunk by chunk; a chunk's values depend on nothing but its own coordinates."""
     total = weight_bytes(config)
     done = 0
-    with path.open("wb") as file, ThreadPoolExecutor(min(16, _cores())) as pool:
-        file.write(header(config, seed))
+    with path.open("w+b") as file, ThreadPoolExecutor(min(16, _cores())) as pool:
+        begin = file.write(header(config, seed))
         file.flush()
+        digest = digests.Digest(file.fileno())
         jobs = [
             pool.submit(_write_chunk, file.fileno(), name, entry, seed, chunk)
             for name, entry in entries(config, seed).items()
             for chunk in range(-(-entry.length // (_CHUNK * _ITEM_BYTES)))
         ]
         try:
-            for job in as_completed(jobs):
+            for job in jobs:
                 done += job.result()
+                digest.up_to(begin + done)
                 if progress is not None:
                     progress(done, total)
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+    digests.note(path, digest.hex())
 
 
 def _write_chunk(file: int, name: str, entry: Entry, seed: int, chunk: int) -> int:

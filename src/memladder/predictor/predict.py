@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 
 from memladder import frameworks
 from memladder.core.case import MAX_BATCH_SIZE, MAX_SEQ_LEN
@@ -10,6 +11,7 @@ from memladder.core.errors import UsageError
 from memladder.core.ledger import Entry, Known, summed
 from memladder.core.prediction import Prediction
 from memladder.frameworks._rules.question import Answer, Device, Question, UnpredictableError
+from memladder.frameworks._shared.base import Framework
 from memladder.predictor.gpus import Gpu
 from memladder.predictor.headers import Checkpoint
 from memladder.predictor.model import Model
@@ -65,7 +67,7 @@ def question(
 
 def answer(model: Model, framework: str, asked: Question) -> Prediction:
     """The prediction of one framework. Raises UnpredictableError where its rules have no answer."""
-    found = frameworks.get(framework).predict(asked)
+    found = _framework(framework).predict(asked)
     entries, notes = list(found.entries), list(found.notes)
     if model.checkpoint is not None and framework in _AS_STORED and asked.whole:
         entries = _as_stored(entries, model.checkpoint, asked.ranks)
@@ -94,6 +96,12 @@ def answer(model: Model, framework: str, asked: Question) -> Prediction:
         parameters=sum(g.count * g.layer.parameters for g in asked.groups())
         + (sum(t.elements for t in asked.model.embeddings) if asked.whole else 0),
     )
+
+
+@cache
+def _framework(name: str) -> Framework:
+    """The row of that key: the folder of frameworks is looked through once for each."""
+    return frameworks.get(name)
 
 
 def _margin(found: Answer, asked: Question, sizes: Mapping[str, int]) -> int:

@@ -176,7 +176,7 @@ class _Run:
     def _bandwidth(self, step_s: float) -> str:
         """Weights and what the cache holds are read in each step: how fast, and of how much."""
         nbytes = self.model.step_bytes()
-        told = f": {format_bytes(nbytes)} read in each, {nbytes / step_s / 1e9:,.0f} GB/s"
+        told = f": {format_bytes(nbytes)} read in each, {nbytes / step_s / 1e9:,.1f} GB/s"
         peak = self.model.bandwidth()
         return told if peak is None else f"{told} of {peak / 1e9:,.0f}"
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from memladder import formats
+from memladder.core import digests
 from memladder.core.case import Workload
 from memladder.core.errors import FormatError, MemladderError
 from memladder.core.files import read_regular
@@ -141,6 +142,7 @@ def load(program: Path, weights: Path) -> Compiled:
         raise FormatError(
             f"{program}: version {head.memladder_program}, not {_VERSION}; compile the layer again"
         )
+    digests.require(weights)
     held = packed_layer.load(weights)
     foreign = FormatError(f"{program}: not the program of {weights}; compile the layer again")
     # Each chunk of tokens has steps of its own in the text.

@@ -17,9 +17,9 @@ from memladder.engine.frontend.guard import blamed
 from memladder.engine.graph.fused import Parameters
 from memladder.engine.graph.nodes import Graph
 from memladder.engine.packed.packed_layer import Form
-from memladder.engine.program.builder import CHUNK, TILE
+from memladder.engine.program.builder import TILE
 from memladder.engine.program.plan import ArenaPlan, plan
-from memladder.engine.program.steps import Program
+from memladder.engine.program.steps import CHUNK, Program
 from memladder.formats._shared.base import Format
 
 ENGINES = ("welder", "ladder")
@@ -66,8 +66,7 @@ def compile_file(path: Path, options: CompileOptions) -> Result:
         str(kind) != "fp16" or options.activation not in (None, "fp16")
     ):
         raise UsageError("welder fuses and has no number format but fp16; ladder has others")
-    name = str(kind).partition(":")[0]
-    activation = formats.get(options.activation or formats.ACTIVATIONS.get(name, "fp16"))
+    activation = formats.get(options.activation or kind.activation)
     if not activation.is_activation:
         allowed = ", ".join(key for key in formats.names() if formats.get(key).is_activation)
         raise UsageError(f"{options.activation} is no activation format; allowed: {allowed}")

@@ -91,14 +91,13 @@ def ensure_packed(config: LayerConfig, kind: Format, cache_dir: Path, seed: int)
     form = Form(compiled.fused, kind, {})
     data = weights.ensure(config, cache_dir, seed)
     path = data.with_name(packing.file_name(form))
-    if packing.is_whole(path, form):
-        return path
-    with cache.writing(data.parent):
-        if not packing.is_whole(path, form):
-            cache.require_space(data.parent, form.nbytes)
-            with cache.replacing(path) as part:
-                packing.pack(compiled, kind, packing.reader(lambda name: (data, name)), part)
-    return path
+    rows = packing.reader(lambda name: (data, name))
+    return cache.made(
+        path,
+        lambda part: packing.pack(compiled, kind, rows, part),
+        nbytes=form.nbytes,
+        fits=lambda found: packing.fits(found, form),
+    )
 
 
 def _main() -> int:

@@ -10,6 +10,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from memladder import formats, models
+from memladder.core import digests
 from memladder.core.errors import FormatError, UsageError
 from memladder.core.files import writable_folder
 from memladder.engine.compile import layers
@@ -183,8 +184,7 @@ def _begun(work: _Work, out: Path) -> Index:
     if found.source != new.source:
         raise UsageError(f"{out} was begun with another checkpoint; name another folder")
     for packed in found.layers:
-        if folders.digest(out / packed.file) != packed.sha256:
-            raise FormatError(f"{out / packed.file}: its SHA-256 is not that of {folders.INDEX}")
+        digests.require(out / packed.file, packed.sha256)
     return found
 
 
@@ -227,7 +227,7 @@ def _packed(
     return Packed(
         path.name,
         path.stat().st_size,
-        folders.digest(path),
+        digests.noted(path) or digests.of(path),
         contents.nbytes,
         _parameters(contents),
         _finite(packing.decibels(signal, noise)),

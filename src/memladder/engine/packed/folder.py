@@ -8,7 +8,6 @@ tokenizer.json …        what the checkpoint has of a tokenizer, copied
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from memladder import formats
+from memladder.core import digests
 from memladder.core.errors import FormatError, MemladderError
 from memladder.core.files import write_atomic
 from memladder.core.serial import from_json, to_json
@@ -32,7 +32,6 @@ TOKENIZER = (
 """Files of a checkpoint that are copied; no code is among them."""
 # The index of 4096 layers has 4 MB.
 _MAX_BYTES = 64 << 20
-_READ = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -176,21 +175,8 @@ def opened(folder: Path) -> Index:
     return found
 
 
-def verify(folder: Path, index: Index) -> None:
-    """Raise FormatError unless every file has its digest: all of them are read."""
+def verify(folder: Path, index: Index, full: bool) -> None:
+    """Raise FormatError unless every file has its digest; see `digests.fault` for `full`."""
     assert index.rest is not None
     for packed in (*index.layers, index.rest):
-        if digest(folder / packed.file) != packed.sha256:
-            raise FormatError(f"{folder / packed.file}: its SHA-256 is not that of {INDEX}")
-
-
-def digest(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal digits. Raises FormatError where it can't be read."""
-    found = hashlib.sha256()
-    try:
-        with path.open("rb") as file:
-            while part := file.read(_READ):
-                found.update(part)
-    except OSError as error:
-        raise FormatError(f"{path}: {error.strerror or error}") from None
-    return found.hexdigest()
+        digests.require(folder / packed.file, packed.sha256, full=full)

@@ -24,11 +24,10 @@ from memladder.core.case import Workload
 from memladder.core.errors import FormatError, UsageError
 from memladder.engine.graph.fused import Fused
 from memladder.engine.program import fused_json
-from memladder.engine.program.builder import CHUNK
 from memladder.engine.program.cache import CacheShape
 from memladder.engine.program.lower import lower
 from memladder.engine.program.plan import ALIGNMENT
-from memladder.engine.program.steps import Program
+from memladder.engine.program.steps import CHUNK, Program
 from memladder.formats._shared.base import Format
 from memladder.kernels.layout import Layout
 from memladder.kernels.packed import PackedMatrix

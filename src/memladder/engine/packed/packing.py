@@ -19,6 +19,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
+from memladder.core import digests
 from memladder.core.errors import FormatError
 from memladder.engine.packed import packed_layer
 from memladder.engine.packed.packed_layer import Contents, Form
@@ -148,21 +149,25 @@ def write(
     judge: bool = False,
     progress: Progress | None = None,
 ) -> tuple[MatrixReport, ...]:
-    """A file of these contents; `blocks` are all of its matrices and vectors. See `pack`."""
+    """A file of these contents, and its digest beside it; `blocks` are all of its matrices and
+    vectors. See `pack`."""
     total = sum(rows * columns for _, rows, columns in contents.matrices.values())
     done = 0
-    reports = []
+    reports = {}
     table = contents.table
     header, places, size = _header(contents)
-    with path.open("wb") as file:
+    with path.open("w+b") as file:
         file.write(header)
         file.truncate(size)
+        digest = digests.Digest(file.fileno())
 
         def put(name: str, tensor: Tensor, offset: int = 0) -> None:
             file.seek(places[name] + offset)
             file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
 
-        for name, (kind, rows, columns) in contents.matrices.items():
+        # In the order of the file, so that its digest is computed as it grows.
+        for name in sorted(contents.matrices, key=lambda name: places[f"{name}.codes"]):
+            kind, rows, columns = contents.matrices[name]
             matrix = blocks[name]
             layout = Layout.of(kind, rows, columns)
             offset = 0
@@ -179,6 +184,8 @@ def write(
                 stored = layout.pack(quantised.codes)
                 put(f"{name}.codes", stored, offset)
                 offset += stored.nbytes
+                file.flush()
+                digest.up_to(places[f"{name}.codes"] + offset)
                 for part, groups in beside.items():
                     groups[:, row : row + len(values)] = getattr(quantised, part).t()
                 row += len(values)
@@ -192,15 +199,17 @@ def write(
             for part, groups in beside.items():
                 put(f"{name}.{part}", groups)
             nbytes = matrix_bytes(kind, rows, columns)
-            reports.append(MatrixReport(name, rows, columns, nbytes, signal, noise))
-        for name, size in contents.vectors.items():
+            reports[name] = MatrixReport(name, rows, columns, nbytes, signal, noise)
+        for name, length in contents.vectors.items():
             vector = blocks[name]
-            put(name, _quantised_vector(vector.read(0, size), vector.source))
+            put(name, _quantised_vector(vector.read(0, length), vector.source))
         for name, constant in constants.items():
             put(name, constant)
         file.flush()
         os.fsync(file.fileno())
-    return tuple(reports)
+        digest.up_to(size)
+    digests.note(path, digest.hex())
+    return tuple(reports[name] for name in contents.matrices)
 
 
 def _header(contents: Contents) -> tuple[bytes, dict[str, int], int]:
@@ -219,7 +228,7 @@ def _header(contents: Contents) -> tuple[bytes, dict[str, int], int]:
     return header, {name: len(header) + starts[name] for name in starts}, len(header) + end
 
 
-def is_whole(path: Path, form: Form) -> bool:
+def fits(path: Path, form: Form) -> bool:
     """Is a file of that size and of that header there?"""
     header, _, size = _header(form.contents)
     try:

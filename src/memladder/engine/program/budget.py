@@ -15,11 +15,11 @@ from dataclasses import dataclass
 
 from memladder.core.case import Workload
 from memladder.core.units import MIB
+from memladder.engine.program.steps import CHUNK
 from memladder.formats._shared.base import Format
 from memladder.kernels.packed import matrix_bytes
 from memladder.models import LayerConfig, hidden_size, tensor_shapes, widths
 
-_CHUNK = 512
 _ITEM = 2
 
 
@@ -49,7 +49,7 @@ class Budget:
 def budget(config: LayerConfig, shape: Workload, kind: Format) -> Budget:
     """The budget of a layer at a shape with weights in a format."""
     hidden, width = hidden_size(config), widths(config)
-    chunk = min(_CHUNK, shape.tokens)
+    chunk = min(CHUNK, shape.tokens)
     attention = 2 * width.keys * shape.tokens + chunk * (hidden + 2 * width.queries)
     mlp = chunk * (hidden + width.inner)
     activations = _ITEM * (hidden * shape.tokens + max(attention, mlp))

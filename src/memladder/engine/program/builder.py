@@ -9,12 +9,8 @@ from dataclasses import dataclass, field, replace
 
 from memladder.core.case import Workload
 from memladder.engine.program.plan import plan
-from memladder.engine.program.steps import ITEM_BYTES, Buffer, Program, Rows, Step, Value
+from memladder.engine.program.steps import CHUNK, ITEM_BYTES, Buffer, Program, Rows, Step, Value
 from memladder.formats._shared.base import Format
-from memladder.formats.fp8 import Fp8
-
-CHUNK = 512
-"""Tokens at a time: beyond a few hundred, weights are reused enough for the arithmetic to count."""
 
 TILE = 128
 """Rows of a product's tile: chunks are multiples of it."""
@@ -117,8 +113,9 @@ class Builder:
     def _qkv(self, x: Rows, head_dim: int | None, start: int, targets: dict[str, Rows]) -> None:
         # What attention gives is rounded to 8 bits, a step function: it would make much of the bits
         # that tensor cores leave away where they add up fp8 products.
+        wide = self.activation is not None and self.activation.has_fp8_products
         matrices = {f"{name}_weight": name for name in targets}
-        reads, weights, values = self._operands(x, matrices, wide=isinstance(self.activation, Fp8))
+        reads, weights, values = self._operands(x, matrices, wide)
         if head_dim is not None:
             weights["frequencies"] = "rotary.frequencies"
             values |= {"head_dim": head_dim, "start": start, "seq_len": self.shape.seq_len}

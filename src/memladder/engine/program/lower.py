@@ -16,10 +16,10 @@ from memladder.core.errors import GraphError
 from memladder.engine.graph.fused import Fused
 from memladder.engine.graph.nodes import Attention, Node, ordered
 from memladder.engine.program import cached
-from memladder.engine.program.builder import CHUNK, Builder, ahead_chunk, free_chunk, in_chunks
+from memladder.engine.program.builder import Builder, ahead_chunk, free_chunk, in_chunks
 from memladder.engine.program.cache import CacheShape
 from memladder.engine.program.chunk import Chunk, OverlapError
-from memladder.engine.program.steps import Program, Rows
+from memladder.engine.program.steps import CHUNK, Program, Rows
 from memladder.formats._shared.base import Format
 
 

@@ -12,6 +12,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+CHUNK = 512
+"""Tokens at a time: beyond a few hundred, weights are reused enough for the arithmetic to count."""
+
 # Bytes of an element, by the names that numpy and torch share.
 ITEM_BYTES = {"float16": 2, "float32": 4, "int32": 4, "uint8": 1}
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from memladder import formats
+from memladder.core import digests
 from memladder.core.case import Workload
 from memladder.core.errors import OverflowedError, UsageError
 from memladder.engine.compile import bundle
@@ -172,9 +173,9 @@ def load_layer(
     UsageError for a format that is none of activations, and for a device that is not here.
     """
     where = torch_device(device)
+    digests.require(Path(path))
     packed = packed_layer.load(Path(path))
-    name = str(packed.form.format).partition(":")[0]
-    rounded = activation_format(activation or formats.ACTIVATIONS.get(name, "fp16"))
+    rounded = activation_format(activation or packed.form.format.activation)
     placed = _placed(packed, where)
     return RunnableLayer(placed, lambda shape: packed.form.program(shape, rounded), where, check)
 

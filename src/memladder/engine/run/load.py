@@ -18,7 +18,6 @@ from memladder.engine.packed import folder as folders
 from memladder.engine.packed import packed_layer, rest
 from memladder.engine.packed.folder import Index
 from memladder.engine.packed.packed_layer import PackedLayer, Weights
-from memladder.engine.program.builder import CHUNK
 from memladder.engine.program.cache import CacheShape
 from memladder.engine.program.model import (
     EMBEDDING,
@@ -28,6 +27,7 @@ from memladder.engine.program.model import (
     NUMBERS,
     Around,
 )
+from memladder.engine.program.steps import CHUNK
 from memladder.engine.run import driver
 from memladder.engine.run.layer import activation_format, torch_device, use_tuned_cuts
 from memladder.engine.run.model import Limits, RunnableModel
@@ -59,16 +59,16 @@ def load_model(
     which the layers are divided in order. `context`: tokens of a sequence, prompt and answer
     together; `batch_size`: sequences at once; `chunk`: tokens of a run at the most. The cache of
     all of them is taken now, in `cache_format` (fp16, fp8, int8). `activation` as in `load_layer`.
-    With `every_logits` a run gives the logits of all of its tokens. `verify` reads all files and
-    compares their digests.
+    With `every_logits` a run gives the logits of all of its tokens. Files are held against their
+    digests: all of them are read where one has changed since it was last read, by its size, times
+    and inode, and where `verify` asks for it.
 
     Raises FormatError for a folder that is none, and UsageError for numbers that are none, for
     devices that are not here, and for one that is too small: what would fit is said then.
     """
     folder = Path(path)
     index = folders.opened(folder)
-    if verify:
-        folders.verify(folder, index)
+    folders.verify(folder, index, verify)
     if device is not None and devices is not None:
         raise UsageError("device and devices are given; give one of them")
     places = [torch_device(one) for one in devices] if devices else [torch_device(device)]
@@ -182,8 +182,7 @@ def _allocator(device: torch.device) -> Callable[[int], Tensor]:
 
 
 def _activation(index: Index, spec: str | None) -> Format | None:
-    name = index.options.format.partition(":")[0]
-    return activation_format(spec or formats.ACTIVATIONS.get(name, "fp16"))
+    return activation_format(spec or formats.get(index.options.format).activation)
 
 
 def _limits(index: Index, context: int | None, batch_size: int, chunk: int) -> Limits:

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from memladder.core.errors import FormatError
+from memladder.formats._shared.elements import Element
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,12 @@ class Format(ABC):
     is_activation: ClassVar[bool] = False
     is_integer: ClassVar[bool] = False
     """Whether a row is integers times one scale, so that products add up as integers."""
+    operand: ClassVar[torch.dtype] = torch.float16
+    """As what tensor cores multiply its numbers, scales aside."""
+    activation: ClassVar[str] = "fp16"
+    """Key of the format that activations take by default in products with such weights."""
+    is_row: ClassVar[bool] = True
+    """Whether ladder has a variant of its own with weights in it."""
     is_interleaved: ClassVar[bool] = True
     """Whether a word's codes are ordered for shifts and masks (`Layout.interleaved`)."""
 
@@ -58,6 +65,21 @@ class Format(ABC):
         ]
         name = type(self).__module__.rpartition(".")[2]
         return f"{name}:{','.join(given)}" if given else name
+
+    @property
+    def element_type(self) -> Element | None:
+        """The number that a code of 8 bits is; None for other sizes."""
+        return None
+
+    @property
+    def has_fp8_products(self) -> bool:
+        """Whether tensor cores multiply its codes as they are, as 8-bit floating-point numbers."""
+        return self.operand.is_floating_point and self.operand.itemsize == 1
+
+    @property
+    def scales_rows(self) -> bool:
+        """Whether a row has one scale."""
+        return self.scale_dtype is not None and self.group is None
 
     @property
     def group(self) -> int | None:

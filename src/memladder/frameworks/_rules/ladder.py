@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from memladder.core.ledger import Entry, Known
 from memladder.core.units import MIB
+from memladder.engine.program.steps import CHUNK
 from memladder.frameworks._rules import caches, cpu, stored
 from memladder.frameworks._rules.question import Answer, Question, UnpredictableError
 
@@ -16,7 +17,6 @@ VERSION = "0.1"
 _CONTEXT = 254 * MIB
 _MODULES = 4 * MIB
 _PAGE = 2 * MIB
-_CHUNK = 512
 # Parts of sums, where few rows are multiplied on Hopper (`kernels/cuda/skinny.py`).
 _WORKSPACE = 8 * MIB
 _FEW_ROWS = range(2, 65)
@@ -73,7 +73,7 @@ def _arena(question: Question, activation: str) -> int:
     as make a chunk) and a chunk's queries and output, or a chunk's norm and its MLP's inner
     activations. Where activations are quantised, a chunk's are there in 8 bits beside 16, and the
     norm is in place; attention's output is in 8 bits alone but for fp8."""
-    rows, chunk = question.tokens, min(_CHUNK, question.tokens)
+    rows, chunk = question.tokens, min(CHUNK, question.tokens)
     hidden, quantised = question.model.hidden_size, activation != "fp16"
     together = min(rows, max(question.seq_len, chunk))
     best = 0

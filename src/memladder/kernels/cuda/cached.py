@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from memladder import formats
-from memladder.formats._shared.elements import ELEMENTS
-from memladder.formats.fp8 import Fp8
 from memladder.kernels.cuda.cached_attention import element
 from memladder.kernels.cuda.rows import on_grid, sincos
 from memladder.kernels.cuda.target import overlap, wait
@@ -185,9 +180,6 @@ def _grid(format: str) -> dict[str, float | int]:
     kind = formats.get(format)
     if kind.bits == 16:
         return {"TOP": 0.0, "MANTISSA": 0, "STEP": 1.0}
-    if not isinstance(kind, Fp8):
-        return {"TOP": 127.0, "MANTISSA": 0, "STEP": 1.0}
-    known = ELEMENTS[kind.element]
-    info = torch.finfo(known.dtype)
-    mantissa = -int(math.log2(info.eps))
-    return {"TOP": known.top, "MANTISSA": mantissa, "STEP": info.tiny * info.eps}
+    known = kind.element_type
+    assert known is not None
+    return {"TOP": known.top, "MANTISSA": known.mantissa, "STEP": known.step}

@@ -11,14 +11,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from memladder.formats._shared.elements import ELEMENTS
-from memladder.formats.fp8 import Fp8
 from memladder.kernels.cuda.epilogue import activated, stored
 from memladder.kernels.cuda.part import Operand, Part
 from memladder.kernels.cuda.target import has_wgmma, overlap, wait
@@ -160,11 +157,10 @@ def several(operand: Operand, parts: Sequence[Part]) -> bool:
 
 def _fits(operand: Operand, part: Part) -> bool:
     own, kind = part.weight.format, operand.format
-    same = own.bits == 16 == kind.bits or (
-        isinstance(own, Fp8) and isinstance(kind, Fp8) and own.element == kind.element
-    )
+    # Both as they are: fp16, or fp8 of one element.
+    same = own.operand == kind.operand and own.bits == kind.bits == 8 * own.operand.itemsize
     # What copy engines ask of a stride; and stored rows are no longer than they need be.
-    same = same and operand.x.itemsize == own.bits // 8
+    same = same and own.operand.is_floating_point and operand.x.itemsize == own.bits // 8
     aligned = part.weight.columns % (128 // own.bits) == 0
     return same and aligned and operand.rows > _ROWS and has_wgmma()
 
@@ -185,9 +181,7 @@ def _launch(
     gated: bool,
 ) -> None:
     weight = part.weight
-    dtype = torch.float16
-    if isinstance(weight.format, Fp8):
-        dtype = ELEMENTS[weight.format.element].dtype
+    dtype = weight.format.operand
     x = operand.x.view(dtype)
     rows, columns = x.shape
     channels = weight.rows * (1 if also is None else 2)

@@ -18,10 +18,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from memladder.core.errors import UnavailableError
 from memladder.formats._shared.base import Format
-from memladder.formats._shared.elements import ELEMENTS
-from memladder.formats.fp8 import Fp8
-from memladder.formats.int8 import Int8
-from memladder.formats.mxfp8 import Mxfp8
 from memladder.kernels.cuda import dense
 from memladder.kernels.cuda.decode import affine, numbers, stretch, unpack_ptx, unpacked
 from memladder.kernels.cuda.epilogue import activated, power, stored
@@ -248,7 +244,7 @@ def tile(
             found = replace(found, m=64 if columns <= 128 else 32, n=64, warps=4)
         if columns > 128 and operand.itemsize > 1:
             found = replace(found, m=min(64, found.m), n=64, warps=4, stages=2)
-    if isinstance(weight, Fp8) and operand.itemsize == 2 and found.m == found.n == 64:
+    if weight.has_fp8_products and operand.itemsize == 2 and found.m == found.n == 64:
         found = replace(found, k=2 * k)
     if not has_wgmma() or found.warps != 8:
         return found
@@ -257,7 +253,7 @@ def tile(
         # Looking codes up takes about as long as multiplying: for twice the tokens, as often.
         if triton.cdiv(tokens, 256) * triton.cdiv(channels, found.n) >= _PROGRAMS:
             found = replace(found, m=256)
-    elif narrow or (isinstance(weight, Mxfp8) and weights == 1):
+    elif narrow or (weight.bits == 8 and weight.group is not None and weights == 1):
         # Two programs on a processor: one unpacks while the other multiplies.
         found = replace(found, registers=128)
     return found
@@ -335,7 +331,7 @@ def _run(
         GROUP=own.group or 0,
         E8M0=e8m0,
         ZEROS=weight.zeros is not None,
-        ROW_SCALE=own.scale_dtype is not None and own.group is None,
+        ROW_SCALE=own.scales_rows,
         X_GROUP=kind.group or 0,
         X_SCALE=scales is not None and kind.group is None,
         OPERAND=_TRITON[operand],
@@ -374,9 +370,7 @@ _TRITON = {
 
 def _element(kind: Format) -> torch.dtype:
     """Of codes that fill bytes."""
-    if isinstance(kind, (Fp8, Mxfp8)):
-        return ELEMENTS[kind.element].dtype
-    return torch.int8 if isinstance(kind, Int8) else torch.float16
+    return torch.float16 if kind.element_type is None else kind.element_type.dtype
 
 
 def _operand(weight: Format, activation: Format, x: Tensor) -> torch.dtype:
@@ -385,10 +379,8 @@ def _operand(weight: Format, activation: Format, x: Tensor) -> torch.dtype:
     fp8 as float16, which holds it exactly, where x is given so: tensor cores keep 14 bits of the
     sums of fp8 products.
     """
-    if activation.bits == 16 or isinstance(activation, Mxfp8):
+    if activation.is_activation and activation.operand == torch.float16:
         return torch.float16
-    if activation.is_integer and weight.is_integer:
-        return torch.int8
-    if isinstance(weight, Fp8) and activation == replace(weight, scale="float32"):
-        return torch.float16 if x.dtype == torch.float16 else ELEMENTS[weight.element].dtype
+    if activation.operand == weight.operand and activation.scale_dtype == torch.float32:
+        return torch.float16 if x.dtype == torch.float16 else weight.operand
     raise UnavailableError(f"no CUDA kernel multiplies {activation} by {weight} weights")

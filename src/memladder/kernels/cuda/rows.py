@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -12,10 +11,6 @@ from torch import Tensor
 
 from memladder import formats
 from memladder.core.errors import UnavailableError
-from memladder.formats._shared.elements import ELEMENTS
-from memladder.formats.fp8 import Fp8
-from memladder.formats.int8 import Int8
-from memladder.formats.mxfp8 import Mxfp8
 from memladder.kernels.cuda.target import INTERPRETED, capability, overlap, wait
 
 # Elements of a row that a program holds at once.
@@ -217,15 +212,11 @@ def quantise(x: Tensor, codes: Tensor, scales: Tensor, *, format: str) -> None:
     """As `naive.quantise`, code by code. Raises UnavailableError for a format without kernel."""
     rows, columns = x.shape
     kind = formats.get(format)
-    if isinstance(kind, Int8):
-        dtype, grid = torch.int8, {"TOP": 127.0, "MANTISSA": 0, "STEP": 1.0}
-    elif isinstance(kind, (Fp8, Mxfp8)) and kind.scale_dtype != torch.float16:
-        element = ELEMENTS[kind.element]
-        dtype, info = element.dtype, torch.finfo(element.dtype)
-        mantissa = -int(math.log2(info.eps))
-        grid = {"TOP": element.top, "MANTISSA": mantissa, "STEP": info.tiny * info.eps}
-    else:
+    element = kind.element_type
+    if element is None or kind.scale_dtype == torch.float16:
         raise UnavailableError(f"no CUDA kernel quantises activations to {kind}")
+    dtype = element.dtype
+    grid = {"TOP": element.top, "MANTISSA": element.mantissa, "STEP": element.step}
     if kind.group is None:
         cut = _cut(rows, columns)
         share, shares = cut["BLOCK"], 1

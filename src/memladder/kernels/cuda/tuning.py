@@ -15,8 +15,9 @@ from typing import TypeVar
 import torch
 import triton
 
+from memladder.core import digests
 from memladder.core.errors import CacheError
-from memladder.core.files import write_atomic
+from memladder.models import cache
 
 Cut = TypeVar("Cut")
 
@@ -58,11 +59,15 @@ def path(cache_dir: Path, version: str) -> Path:
 
 def load(file: Path) -> bool:
     """Prefer what the file says; whether there is one. Raises CacheError if it is damaged."""
-    try:
-        found = json.loads(file.read_text())
-    except FileNotFoundError:
+    if not file.exists():
         prefer({})
         return False
+    cache.require_ours(file)
+    damage = digests.fault(file)
+    if damage is not None:
+        raise CacheError(f"{file} {damage}; `memladder tune` makes it anew")
+    try:
+        found = json.loads(file.read_text())
     except (OSError, ValueError) as error:
         raise CacheError(f"{file} can't be read: {error}; `memladder tune` makes it anew") from None
     if not isinstance(found, dict) or not all(isinstance(cut, str) for cut in found.values()):
@@ -72,5 +77,6 @@ def load(file: Path) -> bool:
 
 
 def save(file: Path) -> None:
-    """Keep what is preferred. Raises UsageError where the file can't be written."""
-    write_atomic(file, json.dumps(_preferred, indent=1, sort_keys=True) + "\n")
+    """Keep what is preferred. Raises CacheError where the file can't be written."""
+    with cache.writing(file.parent), cache.replacing(file) as part:
+        part.write_text(json.dumps(_preferred, indent=1, sort_keys=True) + "\n", encoding="utf-8")

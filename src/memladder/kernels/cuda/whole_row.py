@@ -10,9 +10,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from memladder.formats._shared.elements import ELEMENTS
-from memladder.formats.fp8 import Fp8
-from memladder.formats.mxfp8 import Mxfp8
 from memladder.kernels.cuda.epilogue import power
 from memladder.kernels.cuda.one_row import RowCut, channels, finish, matrices, part_of, shape_class
 from memladder.kernels.cuda.part import Operand, Part
@@ -79,10 +76,12 @@ def launch(
 ) -> bool:
     weight, kind = parts[0].weight, operand.format
     layout, own = weight.layout, weight.format
+    numbers = [one.element_type for one in (own, kind)]
+    dtypes = [one.dtype for one in numbers if one is not None and one.is_float]
     if own.bits == 16 and kind.bits == 16:
         element, token = torch.float16, torch.float16
-    elif isinstance(own, (Fp8, Mxfp8)) and isinstance(kind, type(own)):
-        element, token = ELEMENTS[own.element].dtype, ELEMENTS[kind.element].dtype
+    elif len(dtypes) == 2 and own.group == kind.group:
+        element, token = dtypes
     else:
         return False
     token = torch.float16 if operand.x.dtype == torch.float16 else token
@@ -96,8 +95,8 @@ def launch(
         **options,
         BYTES=element.itemsize,
         GROUP=own.group or 0,
-        ROW_SCALE=isinstance(own, Fp8),
-        X_SCALE=isinstance(own, Fp8),
+        ROW_SCALE=own.scales_rows,
+        X_SCALE=own.scales_rows,
         ROWS=cut.rows,
         BLOCK=cut.block,
         num_warps=cut.warps,
