@@ -11,8 +11,8 @@ from memladder.engine.run.driver import CudaGraph
 from memladder.kernels import cuda
 from tests import hf_layers
 from tests.cached import CachedRunner
-from tests.unit.test_cached_layers import packed, states, whole
-from tests.unit.test_cached_layers import test_triton_s_kernels as test_triton_s_kernels
+from tests.unit.engine.test_cached_layers import packed, states, whole
+from tests.unit.engine.test_cached_layers import test_triton_s_kernels as test_triton_s_kernels
 
 # transformers and the exporter warn about their own code.
 pytestmark = pytest.mark.filterwarnings("default")

@@ -11,7 +11,7 @@ from memladder.engine.compile.compile import CompileOptions
 from memladder.engine.run.layer import load_compiled
 from memladder.kernels import cuda
 from tests import hf_layers
-from tests.unit.test_compiled_architectures import LAUNCHES, run
+from tests.unit.engine.test_compiled_architectures import LAUNCHES, run
 
 # transformers and the exporter warn about their own code.
 pytestmark = pytest.mark.filterwarnings("default")

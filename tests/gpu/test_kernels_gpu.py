@@ -8,11 +8,11 @@ from memladder import formats
 from memladder.kernels import cuda, naive
 from memladder.kernels.cuda import tuning
 from memladder.kernels.packed import PackedMatrix
-from tests.unit.test_kernels_cached import *  # noqa: F403
-from tests.unit.test_kernels_cuda import *  # noqa: F403
-from tests.unit.test_kernels_cuda import error, normal, poisoned, quantised, run
-from tests.unit.test_kernels_pointwise import *  # noqa: F403
-from tests.unit.test_kernels_window import *  # noqa: F403
+from tests.unit.kernels.test_cached import *  # noqa: F403
+from tests.unit.kernels.test_cuda import *  # noqa: F403
+from tests.unit.kernels.test_cuda import error, normal, poisoned, quantised, run
+from tests.unit.kernels.test_pointwise import *  # noqa: F403
+from tests.unit.kernels.test_window import *  # noqa: F403
 
 
 @pytest.mark.parametrize(("weight", "activation"), [("int4", ""), ("nf4", ""), ("int1", "int8")])

@@ -20,7 +20,7 @@ from memladder.meter.outside import runner
 from memladder.models.cache import default_dir
 from memladder.models.weights import hidden_states
 from memladder.reports import budget
-from tests.unit.test_layers_cuda import ROWS, output
+from tests.unit.engine.test_layers_cuda import ROWS, output
 
 # By import_module: some modules are hidden by the function of the same name.
 KERNELS = [import_module(f"{cuda.__name__}.{one.name}") for one in iter_modules(cuda.__path__)]

@@ -1,18 +1,23 @@
-"""The README's table is what the records in `results/` say, to the MiB."""
+"""The pages' tables are what the records in `results/` say; the README's what is printed."""
 
+import json
+import re
+import shlex
 from pathlib import Path
 
 import pytest
 
 from memladder.core.case import Case, Workload
 from memladder.core.record import Status
-from memladder.core.units import mib
+from memladder.core.units import GIB, mib
 from memladder.paper import published
 from memladder.paper.rows import MODELS, SHAPES
 from memladder.reports import budget
 from memladder.sweeps import store
+from tests.unit.command import Command
 
 ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
 
 
 H100 = ("h100.json", "cuda:0")
@@ -34,6 +39,7 @@ CPU = ("cpu.json", "cpu")
         (H100, "ladder_mxfp8_mxfp8", "Ladder mxfp8"),
         (H100, "ladder_int8_int1", "Ladder int1"),
         (H100, "bitsandbytes_fp16_nf4", "bitsandbytes nf4"),
+        (H100, "gemlite_fp16_int4", "gemlite int4"),
         (H100, "torchao_fp16_int4", "torchao int4 (bf16)"),
         (CPU, "pytorch", "PyTorch-Inductor"),
         (CPU, "onnxruntime", "ONNX Runtime"),
@@ -61,8 +67,30 @@ def test_the_table_is_what_was_measured(where: tuple[str, str], framework: str, 
             else:
                 expected.append(str(round(mib(record.steady_bytes))))
     row = f"| {name}, {'CPU' if device == 'cpu' else 'H100'}"
-    (line,) = [x for x in (ROOT / "README.md").read_text().splitlines() if x.startswith(row)]
+    page = (ROOT / "docs/evidence/measured.md").read_text()
+    (line,) = [x for x in page.splitlines() if x.startswith(row)]
     assert [cell.strip() for cell in line.split("|")[2:-1]] == expected
+
+
+def test_the_readme_s_answers_are_what_the_commands_print(memladder: Command) -> None:
+    blocks = re.findall(r"^```\n\$ memladder (.+)\n((?s:.+?))^```", README, re.MULTILINE)
+    assert [shlex.split(typed)[0] for typed, _ in blocks] == ["fit", "predict"]
+    for typed, shown in blocks:
+        arguments = [str(ROOT / x) if x.startswith("tests/") else x for x in shlex.split(typed)]
+        done = memladder(*arguments)
+        assert done.code == 0, done.err
+        assert [line.rstrip() for line in done.out.splitlines()] == shown.splitlines()
+
+
+def test_the_readme_s_sentence_about_a_cache_in_fp8(memladder: Command) -> None:
+    asked = ("--gpu", "RTX A6000", "--context", "32768", "--json")
+    left = []
+    for cache in ("auto", "fp8"):
+        model = ROOT / "tests/configs/llama-3.3-70b"
+        done = memladder("fit", "--model", model, *asked, "--kv-format", cache)
+        rows = {row["framework"]: row for row in json.loads(done.out)["rows"]}
+        left.append(rows["ladder_fp16_int4"]["left_bytes"] / GIB)
+    assert "with {:.1f} GiB left; `--kv-format fp8` leaves {:.1f}.".format(*left) in README
 
 
 @pytest.mark.parametrize(("name", "device"), [("cpu", "cpu"), ("h100", "cuda")])

@@ -22,17 +22,23 @@ from memladder.core.case import MAX_BATCH_SIZE, MAX_PAST, MAX_SEQ_LEN
 from memladder.core.errors import UsageError
 
 
-def _app(text: str) -> typer.Typer:
+def _app(text: str, *, completion: bool = False) -> typer.Typer:
+    """An application whose options and commands are typed with `-` or `_` alike."""
     return typer.Typer(
         help=text,
-        add_completion=False,
+        add_completion=completion,
         rich_markup_mode=None,
         pretty_exceptions_enable=False,
-        context_settings={"help_option_names": ["-h", "--help"]},
+        context_settings={
+            "help_option_names": ["-h", "--help"],
+            "token_normalize_func": lambda token: token.replace("_", "-"),
+        },
     )
 
 
-app = _app("How much memory an LLM layer needs under an inference framework, measured.")
+app = _app(
+    "How much memory an LLM layer needs under an inference framework, measured.", completion=True
+)
 _run_all_app = _app("Draw Figure 11 from the published data, or measure it here and draw that.")
 _measure_app = _app("Measure the memory of one decoder layer under one framework, at one shape.")
 
