@@ -106,7 +106,12 @@ def test_the_next_run_resumes_and_finishes(sweep: Sweep) -> None:
     assert "vllm can't run on cpu here" in err
     assert sweep.record(0).read_bytes() == before
     assert all(sweep.record(number).exists() for number in range(len(SHAPES)))
-    for name in ("png/memory_usage_cpu.png", "pdf/memory_usage_cpu.pdf", "png/memory_usage_cpu.md"):
+    for name in (
+        "png/memory_usage_cpu.png",
+        "pdf/memory_usage_cpu.pdf",
+        "png/memory_usage_cpu.md",
+        "report.html",
+    ):
         assert name in out
         assert (sweep.folder / name).stat().st_size > 1000
     page = (sweep.folder / "png/memory_usage_cpu.md").read_text()

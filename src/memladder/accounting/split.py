@@ -28,10 +28,13 @@ _DERIVED = ("inputs_outputs", "activations", "workspace", "kv_cache", "driver_st
 _PAGE = 2 << 20
 
 
-def ledger(record: Record) -> Ledger:
-    """Of the run whose steady bytes are the median. Raises RecordError for one not measured."""
+def ledger(record: Record, known: evidence.Compared | None = None) -> Ledger:
+    """Of the run whose steady bytes are the median. Raises RecordError for one not measured.
+
+    `known` is the record's prediction where it was made already.
+    """
     run, total = _median_run(record)
-    rules = _rules(record)
+    rules = known.prediction if known else _rules(record)
     if record.case.device == "cpu":
         return closing(total, _on_cpu(run, rules), "shared pages, heap")
     note = None if rules else "no rules for this row"

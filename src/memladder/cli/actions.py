@@ -312,7 +312,19 @@ def sweep(request: Request) -> int:
         for line in told:
             say(f"warning: {line}")
     _draw(records, outcome.verifications, request.output_dir)
+    _report(records, outcome.verifications, request.output_dir)
     return 0 if outcome.succeeded else 1
+
+
+def _report(
+    records: Sequence[Record], verifications: Sequence[Verification], output_dir: Path
+) -> None:
+    from memladder.paper import page
+    from memladder.reports.html.rows import Shown
+
+    out = output_dir / "report.html"
+    page.write([Shown("this sweep", tuple(records), tuple(verifications))], out)
+    print(out)
 
 
 def _split(names: Iterable[str], device: str) -> tuple[list[str], list[str]]:

@@ -65,7 +65,7 @@ def to_json(value: Any) -> Any:
 
 
 def dumps(value: Any, **options: Any) -> str:
-    """JSON text of what `to_json` takes; `options` are those of `json.dumps`."""
+    """JSON text of what `to_json` takes; `options` are `json.dumps`'s."""
     return json.dumps(to_json(value), allow_nan=False, **options)
 
 
@@ -106,11 +106,8 @@ def _hints(kind: type) -> dict[str, Any]:
 
 
 def _read(kind: Any, data: Any, where: str) -> Any:
-    # Most of a record are its trace's numbers.
-    if kind is int and type(data) is int and -MAX_INT <= data <= MAX_INT:
-        return data
-    if kind is float and type(data) is float and math.isfinite(data):
-        return data
+    if dataclasses.is_dataclass(kind):
+        return _read_dataclass(kind, data, where)
     if kind is Any:
         _bound(data, where)
         return data
@@ -128,8 +125,6 @@ def _read(kind: Any, data: Any, where: str) -> Any:
         for key in data:
             _bound(key, where)
         return {key: _read(item, value, f"{where}.{key}") for key, value in data.items()}
-    if dataclasses.is_dataclass(kind):
-        return _read_dataclass(kind, data, where)
     if issubclass(kind, StrEnum):
         _expect(data in list(kind), data, f"one of {', '.join(kind)}", where)
         return kind(data)
@@ -168,12 +163,35 @@ def _read_tuple(kinds: tuple[Any, ...], data: Any, where: str) -> tuple[Any, ...
 
 def _read_dataclass(kind: Any, data: Any, where: str) -> Any:
     _expect(isinstance(data, dict), data, "an object", where)
+    if (numbers := _numbers(kind)) and _are_numbers(data, numbers):
+        return kind(**data)
     names, needed = _field_names(kind)
     if not needed <= data.keys() <= names:
         missing, unknown = sorted(needed - data.keys()), sorted(data.keys() - names)
         raise ValueError(f"{where}: missing fields {missing}, unknown fields {unknown}")
     hints = _hints(kind)
     return kind(**{name: _read(hints[name], data[name], f"{where}.{name}") for name in data})
+
+
+@cache
+def _numbers(kind: Any) -> dict[str, tuple[type, ...]]:
+    """The types of each field, where all are numbers: most of a record are its trace's points.
+    Empty for any other dataclass."""
+    found = {name: get_args(hint) or (hint,) for name, hint in _hints(kind).items()}
+    allowed = {int, float, type(None)}
+    return found if all(allowed.issuperset(kinds) for kinds in found.values()) else {}
+
+
+def _are_numbers(data: dict[str, Any], numbers: dict[str, tuple[type, ...]]) -> bool:
+    """Has it all of these fields, and no other, each of its type and within the bounds?"""
+    if data.keys() != numbers.keys():
+        return False
+    for name, value in data.items():
+        if type(value) not in numbers[name] or (
+            value is not None and not -MAX_INT <= value <= MAX_INT
+        ):
+            return False
+    return True
 
 
 @cache

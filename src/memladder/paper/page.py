@@ -41,15 +41,20 @@ def report(
                 raise UsageError(line)
             on_bad(line)
         shown.append(Shown(name, tuple(contents.records), tuple(contents.verifications)))
+    write(shown, Path(out), models)
+    return Path(out)
+
+
+def write(stores: Sequence[Shown], out: Path, models: Sequence[str] = tuple(MODELS)) -> None:
+    """Write the page of what was read already. Raises UsageError and ConfigError."""
     text = page(
-        shown,
+        stores,
         systems=tuple(SYSTEMS),
         published=published().values,
         published_name="published (A100)",
         models=[model.find(name) for name in models],
     )
-    write_atomic(Path(out), text)
-    return Path(out)
+    write_atomic(out, text)
 
 
 def _names(paths: Sequence[Path]) -> list[str]:

@@ -86,7 +86,7 @@ def detail(record: Record, known: Compared | None) -> dict[str, Any]:
     for run, original in zip(plain["runs"], record.runs, strict=True):
         run["trace"] = f"{len(original.trace)} points, in the store"
     return {
-        "ledger": _entries(split.ledger(record)) if record.runs else _plan_entries(record),
+        "ledger": _entries(split.ledger(record, known)) if record.runs else _plan_entries(record),
         "predictedLedger": _entries(predicted.ledger) if predicted else None,
         "unpredicted": known.reason if known else None,
         "notes": list(predicted.notes) if predicted else [],

@@ -18,7 +18,7 @@ function drawComparison() {
       const [name, look, why] = VERDICTS[pair.verdict], grown = pair.after - pair.before;
       return make('tr', {}, make('th', { scope: 'row' }, pair.id), make('td', { class: 'number' }, mib(pair.before)),
         make('td', { class: 'number' }, mib(pair.after)), make('td', { class: 'number' }, signed(grown)),
-        make('td', { class: 'number' }, `${number((100 * grown) / pair.before)} %`),
+        make('td', { class: 'number' }, `${signed((100 * grown * MIB) / pair.before)} %`),
         make('td', {}, make('span', { class: `tag ${look}`, title: why }, name)),
         make('td', {}, pair.changes.slice(0, 5).map(([part, size]) => `${words(part)} ${signed(size)}`).join(' · ')));
     }));
