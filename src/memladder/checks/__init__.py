@@ -1,1 +1,1 @@
-"""What is held against something known: the machine, the meter."""
+"""Checks of the machine and of the meter against known values."""

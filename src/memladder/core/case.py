@@ -1,4 +1,4 @@
-"""What is measured: a layer or more of a model, under a framework, at a workload, on a device."""
+"""Cases: a layer or more of a model, under a framework, at a workload, on a device."""
 
 from __future__ import annotations
 

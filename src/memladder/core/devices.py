@@ -235,7 +235,7 @@ def visible_devices() -> tuple[Device, ...]:
 
 
 def device(name: str) -> Device | None:
-    """The GPU of a device name; None for `cpu`. Raises DeviceError naming what is here."""
+    """The GPU of a device name; None for `cpu`. Raises DeviceError, naming the devices here."""
     if name == "cpu":
         return None
     index = int(name.removeprefix("cuda:"))

@@ -54,7 +54,7 @@ class Known(StrEnum):
     ASSUMED = "assumed"
     """A constant measured elsewhere."""
     RESIDUAL = "residual"
-    """What is left."""
+    """The remainder."""
 
 
 @dataclass(frozen=True)

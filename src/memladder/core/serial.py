@@ -65,7 +65,7 @@ def to_json(value: Any) -> Any:
 
 
 def dumps(value: Any, **options: Any) -> str:
-    """JSON text of what `to_json` takes; `options` are those of `json.dumps`."""
+    """JSON text of what `to_json` takes; `options` are `json.dumps`'s."""
     return json.dumps(to_json(value), allow_nan=False, **options)
 
 

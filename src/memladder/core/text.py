@@ -41,7 +41,7 @@ def cleaned(data: Any) -> Any:
 
 
 def shown(text: object) -> str:
-    r"""Text as it may be printed: what is not printable is written as Python would escape it.
+    r"""Text as it may be printed: other characters are written as Python would escape them.
 
     >>> shown("a\x1b[2J\nb é×")
     'a\\x1b[2J\\nb é×'

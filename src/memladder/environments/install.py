@@ -238,7 +238,7 @@ def _reason(lines: list[str]) -> str:
 
 
 def _delete(folder: Path) -> None:
-    """Delete a made environment, or what is left of one; its mark goes first."""
+    """Delete a made environment, or the rest of one; its mark goes first."""
     if folder.is_symlink():
         raise UsageError(f"{folder} is a link; memladder made no such thing")
     try:

@@ -109,7 +109,7 @@ def machine(device: str) -> Machine:
 def variables(
     environ: Mapping[str, str], device: str, patterns: Sequence[str] = ()
 ) -> dict[str, str]:
-    """The variables that matter, sorted: those of any process, and those of a framework, whose
+    """The variables that matter, sorted: any process's, and a framework's own, whose
     `patterns` are a shell's. Of a value that names a folder only libraries are kept, of an address
     that it is set, of a secret nothing."""
     found = {

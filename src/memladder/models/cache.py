@@ -47,7 +47,7 @@ def layer_dir(config: LayerConfig, cache_dir: Path, seed: int) -> Path:
 
 
 def graph_dir(config: LayerConfig, cache_dir: Path) -> Path:
-    """The folder of what is known of a layer without its weights."""
+    """The folder of a layer's files beside its weights."""
     return cache_dir / f"{config.model}-{config.digest}"
 
 

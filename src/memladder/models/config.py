@@ -1,4 +1,4 @@
-"""What a model is, as its `config.json` says it: groups of alike layers, and what is around them.
+"""A model as its `config.json` says it: groups of alike layers, and the parts around them.
 
 Nothing here imports torch or transformers. `catalogue` makes a `ModelConfig` of any family's file.
 """
@@ -75,7 +75,7 @@ class LayerConfig:
 
 @dataclass(frozen=True)
 class LayerGroup:
-    """Layers of one model that are alike but for their weights. `layer` is the first of them."""
+    """Layers of one model that differ in their weights alone. `layer` is the first of them."""
 
     numbers: tuple[int, ...]
     layer: LayerConfig

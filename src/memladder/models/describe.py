@@ -132,7 +132,7 @@ def _layer(
 
 
 def _nature(block: nn.Module) -> Iterator[str]:
-    """Classes and plain attributes of a layer and of all its parts, but for its place."""
+    """Classes and plain attributes of a layer and of all its parts, without its place."""
     for name, module in block.named_modules():
         yield f"{name}: {type(module).__name__}"
         for attribute, value in sorted(vars(module).items()):

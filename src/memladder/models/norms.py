@@ -47,7 +47,7 @@ def normed(x: Tensor, norm: Kind, weight: Tensor | None, bias: Tensor | None) ->
 
 
 def agree(found: Tensor, expected: Tensor) -> bool:
-    """Whether two tensors are the same but for float32's roundings."""
+    """Whether two tensors are the same within float32's roundings."""
     if found.shape != expected.shape:
         return False
     error = torch.linalg.vector_norm(found.double() - expected.double())

@@ -1,4 +1,4 @@
-"""The numbers that Figure 11 of the Ladder paper (OSDI'24) shows, and those of its scripts' rerun.
+"""The numbers that Figure 11 of the Ladder paper (OSDI'24) shows, and its scripts' rerun logged.
 
 They ship with the package and are only ever read. Importing this needs the standard library alone.
 """

@@ -74,7 +74,7 @@ def fit(
     context: int = 4096,
     kv_format: str = "auto",
 ) -> tuple[Fit, ...]:
-    """Which frameworks and formats fit on which GPUs, what is left, and how much further it goes.
+    """Which frameworks and formats fit on which GPUs, the room left, and how much further it goes.
 
     A GPU is a name of the table, `8xH100` for several of a host; `gpu_count` counts where a name
     does not. Raises UsageError and ConfigError.

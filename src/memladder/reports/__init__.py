@@ -1,1 +1,1 @@
-"""What is shown: figures, tables, and the explanation of one record."""
+"""Pages for people: figures, tables, and the explanation of one record."""

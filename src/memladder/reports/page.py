@@ -119,12 +119,12 @@ class Page:
 
     @property
     def foot(self) -> float:
-        """Height of what is below the panels: axis, legend, notes."""
+        """Height below the panels: axis, legend, notes."""
         return 0.52 + 0.26 * self.has_legend + 0.16 * len(self.notes) + 0.2
 
     @property
     def head(self) -> float:
-        """Height of what is above the panels: title, subtitle, the panels' names."""
+        """Height above the panels: title, subtitle, the panels' names."""
         return 0.62 + 0.18 * len(self.subtitle) + 0.35
 
     @property

@@ -183,7 +183,7 @@ def require_results(path: Path) -> None:
 def merge_results(
     path: Path, records: list[Record], verifications: list[Verification]
 ) -> tuple[str, ...]:
-    """Add records to a results file, replacing those of the same case, machine and layer.
+    """Add records to a results file, replacing any of the same case, machine and layer.
 
     A case that ended without a measurement never replaces one that was measured. Processes that
     merge at the same time wait for each other. A file with damaged entries is copied before they

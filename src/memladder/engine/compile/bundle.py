@@ -85,7 +85,7 @@ class Head:
     in_place: bool
 
     def program(self, form: Form) -> Program:
-        """The layer's program. Raises MemladderError for what is none."""
+        """The layer's program. Raises MemladderError for any other text."""
         return form.program(
             Workload(self.batch_size, self.seq_len),
             None if self.activation is None else formats.get(self.activation),

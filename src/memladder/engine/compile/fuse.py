@@ -1,7 +1,7 @@
 """Canonical nodes joined to what one kernel computes.
 
 A product takes its bias, activation and residual along; gate and up of a gated MLP are one; query,
-key and value of the same rows are one, with their rotation. What is in between never reaches global
+key and value of the same rows are one, with their rotation. Values in between never reach global
 memory.
 """
 
@@ -185,7 +185,7 @@ class _Fuser:
         return total
 
     def _addends(self, node: Node) -> list[Node]:
-        """What is added up to the node."""
+        """The addends of the node's sum."""
         parts: list[Node] = []
         stack = [node]
         while stack:

@@ -1,6 +1,6 @@
 """The project's own models, compiled: once a configuration, for any shape, checkpoint and format.
 
-A layer's outline, its ONNX graph without weights, is exported and compiled; what is kept is the
+A layer's outline, its ONNX graph without weights, is exported and compiled; the cache keeps the
 fused layer, and which rows of which tensors its matrices and vectors are. After that neither ONNX
 nor an exporter is needed any more.
 """

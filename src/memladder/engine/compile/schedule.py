@@ -56,7 +56,7 @@ def markdown(found: Result, model: str, engine: str) -> str:
         "move on all tokens at once.",
         "",
         *_chunks(found),
-        "## What is joined",
+        "## Fused steps",
         "",
         "Values of the graph that do not reach global memory, and where they stay:",
         "",

@@ -56,7 +56,7 @@ def pack(checkpoint: Checkpoint, options: Options, out: Path, tell: Tell) -> Ind
 
 
 class _Work:
-    """What is to be packed, known before anything is."""
+    """The files to pack, known before any is packed."""
 
     def __init__(self, checkpoint: Checkpoint, options: Options) -> None:
         self._checkpoint, self._options = checkpoint, options
@@ -99,7 +99,7 @@ class _Work:
         )
 
     def missing_bytes(self, index: Index) -> int:
-        """What is to be written yet."""
+        """The bytes to be written yet."""
         todo = range(len(index.layers), self.count)
         return sum(self._form(number).nbytes for number in todo) + self.held.nbytes
 
@@ -170,7 +170,7 @@ class _Work:
 
 
 def _begun(work: _Work, out: Path) -> Index:
-    """The index of what is in the folder already."""
+    """The index of the files in the folder already."""
     new = work.index()
     found = folders.read(out) if out.is_dir() else None
     if found is None:

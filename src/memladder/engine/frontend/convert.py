@@ -70,7 +70,7 @@ def convert(model: Model) -> Graph:
             found = _made(converter, folder, operator, given)
         values |= dict(zip(operator.outputs, found, strict=False))
         for name in {*operator.inputs, *operator.outputs}:
-            # What is computed of constants may be large; it goes with its last reader.
+            # Values computed of constants may be large; each goes with its last reader.
             if last.get(name, -1) <= number and name != model.output:
                 values.pop(name, None)
     with blamed(f"output {model.output!r}"):

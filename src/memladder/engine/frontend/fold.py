@@ -1,7 +1,7 @@
 """Operators on constants alone: computed while the model is read.
 
 Layout operators give views, so that a transposed weight is still the mapped file. Everything else
-is for shapes, positions and vectors, and is refused for what is as large as a weight.
+is for shapes, positions and vectors, and is refused for values as large as a weight.
 """
 
 from __future__ import annotations

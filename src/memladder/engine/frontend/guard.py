@@ -1,6 +1,6 @@
 """The outer boundary of what reads a graph: whatever it holds, the user has one line of it.
 
-What is known to go wrong is said where it is known, by a GraphError or LayoutError. What is not, an
+A known fault is told where it is known, by a GraphError or LayoutError. An unknown one, an
 index beyond an axis or a number that is none, is told here by the node's name and the exception's,
 which stays the line's cause for who looks for it.
 """

@@ -67,7 +67,7 @@ def _check_types(path: Path, proto: Any, replaced: Mapping[str, np.ndarray]) -> 
     light.graph.name = "layer"
     light.graph.node.extend(proto.graph.node)
     light.graph.input.extend(proto.graph.input)
-    # What is made of the hidden states is their type and shape again: that is looked at later.
+    # The output has the hidden states' type and shape again: that is looked at later.
     light.graph.output.extend(onnx.ValueInfoProto(name=value.name) for value in proto.graph.output)
     given = {value.name for value in proto.graph.input}
     for tensor in proto.graph.initializer:

@@ -74,7 +74,7 @@ class Model:
 def read(path: Path, given: Mapping[str, np.ndarray] | None = None) -> Model:
     """The model in a file. Parameters that are `given` are taken from there.
 
-    Raises GraphError, one line, for what is no ONNX file, for missing external data, for open
+    Raises GraphError, one line, for a file that is no ONNX, for missing external data, for open
     dynamic shapes, and for inputs and outputs other than hidden states.
     """
     proto = _parsed(path)

@@ -26,7 +26,7 @@ class PositionError(Exception):
 
 @dataclass(frozen=True)
 class Bias:
-    """What is added to attention's scores: what it masks, with `floor` at the most, and ALiBi's
+    """An addend of attention's scores: what it masks, with `floor` at the most, and ALiBi's
     slopes. All else that is added lies within `lift`."""
 
     causal: bool = False
@@ -98,7 +98,7 @@ class _Line:
         self.loose = _rounding(numbers) * max(1.0, float(np.abs(numbers).max()))
 
     def slope(self) -> float:
-        """By the last query. Raises PositionError for what is no straight line."""
+        """By the last query. Raises PositionError where the line is not straight."""
         last = self.seen[-1]
         found = 0.0
         if np.count_nonzero(last) > 1:
@@ -109,7 +109,7 @@ class _Line:
         return found
 
     def has(self, slope: float) -> bool:
-        """Is it that line, but for rounding?"""
+        """Is it that line within rounding?"""
         line = np.where(self.seen, self.added - slope * self.places, 0.0)
         height = line.sum(axis=1, keepdims=True) / self.seen.sum(axis=1, keepdims=True)
         return bool(np.abs(np.where(self.seen, line - height, 0.0)).max() <= self.loose)
@@ -157,7 +157,7 @@ def read_rotation(indices: np.ndarray, factors: np.ndarray) -> Rotation:
 
     indices [2, head_dim]: the columns of a head that are added; factors [2, seq_len, head_dim]. It
     does not matter which of the head's columns are paired (halves, neighbours), nor whether all
-    are. Raises PositionError for what is no rotation, or none in proportion to the position.
+    are. Raises PositionError for no rotation, or one out of proportion to the position.
     """
     dim = factors.shape[2]
     # cos 0 = 1 and sin 0 = 0: the first position tells which of the two is the column itself.
@@ -214,7 +214,7 @@ def _frequencies(cos: np.ndarray, sin: np.ndarray, rounding: float) -> np.ndarra
 
 
 def _fits(frequencies: np.ndarray, turned: np.ndarray, rounding: float) -> bool:
-    """Are the positions' turns [seq_len, pairs] those of the frequencies, but for rounding?"""
+    """Do the frequencies make the positions' turns [seq_len, pairs], within rounding?"""
     angles = np.outer(np.arange(len(turned)), frequencies)
     return bool((np.abs(np.exp(1j * angles) - turned) <= rounding + _ANGLE * np.abs(angles)).all())
 

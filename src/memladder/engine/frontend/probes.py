@@ -110,7 +110,7 @@ def _rows(columns: int, numbers: Iterable[float]) -> Iterator[Tensor]:
 
 
 def _error(found: Tensor, wanted: Tensor) -> float:
-    """The greatest error, relative for what is greater than 1; infinite where only one is a
+    """The greatest error, relative for values above 1; infinite where only one is a
     number."""
     if found.shape != wanted.shape:
         return math.inf

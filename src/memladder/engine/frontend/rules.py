@@ -88,7 +88,7 @@ def function(node: Node, nodes: Nodes) -> Node | None:
 
 
 def norm(node: Node, nodes: Nodes) -> Node | None:
-    """A chain of elementwise operators and means that is a norm, but for weight and bias."""
+    """A chain of elementwise operators and means that is a norm, without weight and bias."""
     if not isinstance(node, Pointwise):
         return None
     for leaf in _leaves(node, (Pointwise, Mean, Columns, Norm)):
@@ -172,7 +172,7 @@ def scaled_linear(node: Node, nodes: Nodes) -> Node | None:
 
 
 def attention_scale(node: Node, nodes: Nodes) -> Node | None:
-    """Attention whose scale is not 1 / √head_dim: its queries are scaled by what is missing."""
+    """Attention whose scale is not 1 / √head_dim: its queries are scaled by the missing factor."""
     if not isinstance(node, Attention):
         return None
     usual = (node.query.columns // node.heads) ** -0.5

@@ -1,7 +1,7 @@
 """The canonical graph: what a layer computes, token by token.
 
 A node's value is a matrix [tokens, columns]. Nodes are immutable and compared by identity; `Nodes`
-makes equal ones once, so that what is spelled twice is computed once.
+makes equal ones once, so that a value spelled twice is computed once.
 """
 
 from __future__ import annotations

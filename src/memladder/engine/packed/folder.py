@@ -70,7 +70,7 @@ class Packed:
 class Options:
     """How a model is packed: the same for all of its files.
 
-    format of layers' matrices, but for those that a pattern of `kept` fits, which stay in fp16;
+    format of layers' matrices; those that a pattern of `kept` fits stay in fp16;
     head_format of the head, and of embeddings that are the head too; `embedding_format` of others.
     """
 

@@ -197,7 +197,7 @@ def load(path: Path) -> PackedLayer:
 
 
 def checked(path: Path, file: Any, wanted: Table) -> dict[str, Tensor]:
-    """The tensors of an opened file, if they are those of the table. Raises FormatError if not."""
+    """The tensors of an opened file, as its table lists them. Raises FormatError if not."""
     names = set(file.keys())
     if names != wanted.keys():
         extra = names - wanted.keys()

@@ -83,7 +83,7 @@ def _make_alibi_relative(module: layers.Block, slopes: Tensor) -> None:
 
 
 def _rotate_by(module: layers.Block, frequencies: Tensor) -> None:
-    """Angles of the packed frequencies, those of RoFormer's formula rounded once.
+    """Angles of the packed frequencies: RoFormer's formula, rounded once.
 
     transformers computes them in float32, by a power that CPUs round differently: a last bit is
     2e-4 of an angle at position 4096, enough for 8-bit codes of one token in twenty to differ.

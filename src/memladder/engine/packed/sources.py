@@ -26,7 +26,7 @@ class Source:
     shift: float = 0.0
 
     def applied(self, stored: Tensor) -> Tensor:
-        """What is read of the stored numbers."""
+        """The stored numbers that are read."""
         if (self.factor, self.shift) == (1.0, 0.0):
             return stored
         return stored.float() * self.factor + self.shift

@@ -32,7 +32,7 @@ class CacheShape:
     format: of keys and values, `fp16`, `fp8` or `int8`; these two have a float32 scale a head and
     token. window: how many tokens a token of this layer sees, itself among them, as the model's
     configuration says; None for all. A layer that was exported with fewer tokens than that shows
-    none, so that it has to be told here. Raises UsageError for what is none.
+    none, so that it has to be told here. Raises UsageError for any other.
     """
 
     slots: int

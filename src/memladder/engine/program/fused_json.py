@@ -1,4 +1,4 @@
-"""A fused layer as JSON: what is compiled from ONNX once, and made a program of any shape later.
+"""A fused layer as JSON: compiled from ONNX once, and made a program of any shape later.
 
 Nodes are a list, each after those that it reads, which it names by their numbers. What the model's
 file called them is left out: another exporter's names would make another packed file.

@@ -1,10 +1,10 @@
 """Kernels over chunks of tokens: the program of a fused layer with the least activations.
 
 All but attention works token by token. So: keys and values of a sequence (of as many short ones as
-fill a chunk), then chunk by chunk queries, attention and all that follows, up to the node on which
-alone the rest depends: it lies where the hidden states were. Then the rest. Before attention and
-after it as many tokens at a time as attention's memory holds: weights are read less often. Within a
-chunk a value lives only as long as it is read.
+fill a chunk), then chunk by chunk queries and attention, up to the first node that carries
+everything later: it lies where the hidden states were. Then the remainder. Before and after
+attention a step takes as many tokens as attention's memory holds: weights are read less often.
+Within a chunk a value lives only as long as it is read.
 """
 
 from __future__ import annotations

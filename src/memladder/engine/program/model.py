@@ -15,7 +15,7 @@ from memladder.engine.program.steps import Buffer, Program, Rows, Step, Value
 from memladder.models.ends import Ends, Norm
 
 IDS, GIVEN, STATES, LOGITS = "ids", "given", "states", "logits"
-# What is read besides the layers' own: two matrices, and vectors.
+# Read besides the layers' own: two matrices, and vectors.
 EMBEDDING, HEAD = "embedding", "head"
 HEAD_BIAS, LEARNED, NUMBERS = "head.bias", "positions", "embedding.numbers"
 

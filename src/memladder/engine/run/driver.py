@@ -1,6 +1,6 @@
 """The CUDA driver, as far as a process needs it that should take as little memory as it can.
 
-On an H100 a context takes 518 MiB, of which 264 MiB are the stacks of all threads that could be
+On an H100 a context takes 518 MiB; 264 of them are the stacks of all threads that could be
 resident, at 1 KiB each. The engine's kernels have no stack (asserted where they are tested): with
 a limit of 0 the driver gives that memory back. The stream and the graph are the driver's too,
 because PyTorch makes 32 streams a priority as soon as one is asked for: 166 MiB.

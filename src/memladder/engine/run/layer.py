@@ -90,7 +90,7 @@ class RunnableLayer:
         return found
 
     def _require(self, states: Tensor) -> int:
-        """The hidden size. Raises UsageError for what is no hidden states of this layer."""
+        """The hidden size. Raises UsageError for states that this layer does not take."""
         hidden = self.packed.form.fused.hidden_size
         allowed = f"[batch, sequence, {hidden}] in float16, bfloat16 or float32"
         if not isinstance(states, Tensor):
@@ -164,7 +164,7 @@ def load_layer(
     that the figure pairs with the weights', fp8 with fp8, mxfp8 with mxfp8, int8 with int1, and
     fp16 with all others.
 
-    `check`: what is looked at for values beyond float16. `output`, once a call: NaN and infinity
+    `check`: where values beyond float16 are looked for. `output`, once a call: NaN and infinity
     there are an OverflowedError that names where they came from (it waits for the GPU); `steps`:
     what each step writes, since a clip or a ReLU can hide an infinity from the output, at about
     twice the time; `none`.

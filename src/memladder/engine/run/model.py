@@ -88,7 +88,7 @@ class RunnableModel:
         the CPU: the logits of each one's last token.
 
         They begin anew, or, with `keep`, after what the cache has of each. Raises UsageError, and
-        changes nothing, for what is none, or does not fit into the context.
+        changes nothing, for anything else, or where the context is too short.
         """
         with self._lock, self._running():
             self._check(token_ids, keep)

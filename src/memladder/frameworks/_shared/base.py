@@ -164,7 +164,7 @@ class Session(ABC):
         """
 
     def structure(self) -> Structure | None:
-        """What is held, where the output can't be read; None where it can, which says more."""
+        """The weights held, where the output can't be read; None where it can, which says more."""
         return None
 
     @abstractmethod

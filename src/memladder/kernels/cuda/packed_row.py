@@ -324,7 +324,7 @@ def _packed_cuts(parts: Sequence[Part], pair: bool) -> Sequence[RowCut]:
         best, cuts = RowCut(16, 4, cores=True), [RowCut(8, 8), RowCut(8, 4), RowCut(16, 4)]
     else:
         cuts = [RowCut(16, 8), RowCut(16, 4), RowCut(32, 4), RowCut(32, 8), RowCut(8, 8)]
-        # What is in flight has to be enough also where rows are few.
+        # Enough has to be in flight also where rows are few.
         if looked_up:
             few = RowCut(32, 8, cores=True) if columns > 8192 else RowCut(16, 4, cores=True)
             best = RowCut(32, 4, cores=True) if rows > 8192 else few

@@ -19,7 +19,7 @@ _BLOCK = 4096
 _WHOLE = 16384
 # So few rows do not fill a GPU.
 _FEW = 64
-# So many elements of one of few rows are a program's own when they are quantised.
+# With few rows, a program quantises this many elements of one.
 _SHARE = 4096
 _ROUND = tl.constexpr(12582912.0)
 """1.5 · 2²³: added to a float32 below 2²² and taken away again, it rounds to even."""
@@ -142,7 +142,7 @@ def _quantise_blocks(x, codes, scales, columns, groups, TOP: tl.constexpr, MANTI
     values = tl.load(x + row * columns + at, mask=inside, other=0.0).to(tl.float32)
     most = tl.max(tl.abs(values).to(tl.int32, bitcast=True), axis=1)
     exponent = most >> 23
-    # float16 is far from both ends of E8M0, but for zero and for what is not finite.
+    # float16 is far from both ends of E8M0, except zero and numbers that are not finite.
     code = tl.maximum(exponent - EXPONENT, 0)
     inverse = ((254 - code) << 23).to(tl.float32, bitcast=True)
     code = tl.where(exponent == 255, 255, code)

@@ -41,7 +41,7 @@ def asked() -> Mapping[str, tuple[str, ...]]:
 
 
 def preferred() -> Mapping[str, str]:
-    """What is preferred to the shipped defaults."""
+    """The cuts preferred to the shipped defaults."""
     return dict(_preferred)
 
 
@@ -77,6 +77,6 @@ def load(file: Path) -> bool:
 
 
 def save(file: Path) -> None:
-    """Keep what is preferred. Raises CacheError where the file can't be written."""
+    """Keep the preferred cuts. Raises CacheError where the file can't be written."""
     with cache.writing(file.parent), cache.replacing(file) as part:
         part.write_text(json.dumps(_preferred, indent=1, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,6 +1,6 @@
 """The sampler: reads the memory of a process tree from outside, at 100 Hz or faster.
 
-Two threads of the runner. One polls what is cheap (RSS, NVML) against absolute deadlines. The other
+Two threads of the runner. One polls cheap readings (RSS, NVML) at absolute deadlines. The other
 counts pages for PSS, which takes about 15 ms for each GiB of 4 KiB pages, and so is done where it
 tells most: when RSS is at the phase's high-water mark, at most a fifth of the time, and always once
 while the worker holds still at the end of a phase.

@@ -99,7 +99,7 @@ def _extreme(function: str) -> Rule:
         x, bound = constant_last(given)
         number = scalar(bound) if isinstance(bound, Array) else None
         if number is None or len(given) != 2:
-            raise LayoutError("operands of which one is not a number")
+            raise LayoutError("an operand that is not a number")
         if isinstance(x, Scores):
             if function == "max" and number <= -1e4:
                 return x.floored(number)
