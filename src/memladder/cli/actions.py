@@ -496,9 +496,9 @@ def print_table(path: Path, form: str) -> None:
     writers = {"md": table.to_markdown, "csv": table.to_csv, "json": table.to_json}
     if form not in writers:
         raise UsageError(f"format {form!r} is not one of {', '.join(writers)}")
-    records = _read_store(path).records
-    known = {} if _custom(records) else published().values
-    print(writers[form](table.rows(records, known)), end="")
+    found = _read_store(path)
+    known = {} if _custom(found.records) else published().values
+    print(writers[form](table.rows(found.records, known, found.verifications)), end="")
 
 
 def show_floor(path: Path) -> int:

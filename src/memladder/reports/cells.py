@@ -224,6 +224,11 @@ def problem(record: Record, verifications: Sequence[Verification]) -> str | None
     return None if all(item.agrees for item in found) else WRONG
 
 
+def is_wrong(record: Record, verifications: Sequence[Verification]) -> bool:
+    """Was it measured of a framework that computes another function, by its verification?"""
+    return record.status is Status.MEASURED and problem(record, verifications) == WRONG
+
+
 def _ensure_one_layer(records: Sequence[Record]) -> None:
     digests: Mapping[str, dict[str, str]] = {record.case.model: {} for record in records}
     for record in records:

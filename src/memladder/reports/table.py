@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass, fields
 
 from memladder.core.record import Record, Status, Verification
 from memladder.core.units import format_bytes, mib
-from memladder.reports.cells import ensure_one_machine, plain_name, representative
+from memladder.reports.cells import ensure_one_machine, is_wrong, plain_name, representative
+from memladder.reports.style import WRONG
 
 Value = str | int | float | None
 
@@ -55,9 +56,19 @@ class Row:
 COLUMNS = tuple(field.name for field in fields(Row))
 
 
-def rows(records: Iterable[Record], published: Mapping[str, int]) -> tuple[Row, ...]:
-    """A row a record, in the records' order, beside MiB that were published of its case."""
-    return tuple(_row(record, published.get(record.case.id)) for record in records)
+def rows(
+    records: Iterable[Record],
+    published: Mapping[str, int],
+    verifications: Sequence[Verification] = (),
+) -> tuple[Row, ...]:
+    """A row a record, in the records' order, beside MiB that were published of its case.
+
+    What a framework took that computes another function, by its verification, is no number.
+    """
+    return tuple(
+        _row(record, published.get(record.case.id), is_wrong(record, verifications))
+        for record in records
+    )
 
 
 def to_markdown(table: Iterable[Row]) -> str:
@@ -98,7 +109,7 @@ def to_markdown_report(
         "# Memory of one decoder layer",
         _environment(records),
         "## Cases",
-        to_markdown(rows(ran, published)),
+        to_markdown(rows(ran, published, verifications)),
         _legend(ran),
         *_plans(ran),
         "## Not available here",
@@ -111,8 +122,13 @@ def to_markdown_report(
     return "\n\n".join(section.rstrip("\n") for section in sections) + "\n"
 
 
-def _row(record: Record, published_mib: int | None) -> Row:
+def _row(record: Record, published_mib: int | None, wrong: bool) -> Row:
     case = record.case
+    reason = WRONG if wrong else record.reason
+
+    def took(size: int | None) -> float | None:
+        return None if wrong else _mib(size)
+
     return Row(
         id=case.id,
         model=case.model,
@@ -121,13 +137,13 @@ def _row(record: Record, published_mib: int | None) -> Row:
         seq_len=case.shape.seq_len,
         device=_one_line(record.plan.target if record.plan else record.environment.machine.device),
         status=record.status.value,
-        steady_mib=_mib(record.steady_bytes),
-        peak_mib=_mib(record.peak_bytes),
-        over_import_mib=_mib(record.over_import_bytes),
-        spread_percent=None if record.spread is None else round(100 * record.spread, 1),
+        steady_mib=took(record.steady_bytes),
+        peak_mib=took(record.peak_bytes),
+        over_import_mib=took(record.over_import_bytes),
+        spread_percent=None if wrong or record.spread is None else round(100 * record.spread, 1),
         asked_mib=_mib(record.asked_bytes),
         published_mib=published_mib,
-        reason=None if record.reason is None else _one_line(record.reason),
+        reason=None if reason is None else _one_line(reason),
     )
 
 
