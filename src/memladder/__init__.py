@@ -6,15 +6,28 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from memladder.api import diff, explain, measure, sweep, table
     from memladder.engine.run.layer import load_layer
     from memladder.engine.run.load import load_model
     from memladder.paper.page import report
     from memladder.predictor.api import fit, predict
 
 __version__ = "0.1.0"
-__all__ = ["fit", "load_layer", "load_model", "predict", "report"]
+__all__ = [
+    "diff",
+    "explain",
+    "fit",
+    "load_layer",
+    "load_model",
+    "measure",
+    "predict",
+    "report",
+    "sweep",
+    "table",
+]
 # Where each is; only what is asked for is imported.
 _HOMES = {
+    **dict.fromkeys(("diff", "explain", "measure", "sweep", "table"), "memladder.api"),
     "fit": "memladder.predictor.api",
     "load_layer": "memladder.engine.run.layer",
     "load_model": "memladder.engine.run.load",

@@ -17,8 +17,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from memladder import frameworks, models
-from memladder.cli import subjects
+from memladder import api, frameworks, models
 from memladder.cli.console import plain_console
 from memladder.cli.ending import say
 from memladder.cli.terminal import telling
@@ -27,7 +26,6 @@ from memladder.core.errors import UnavailableError, UsageError
 from memladder.core.files import writable_folder, write_atomic
 from memladder.core.record import Check, Record, Status, Verification
 from memladder.core.units import format_bytes, mib
-from memladder.frameworks._shared.base import Job
 from memladder.meter import environment
 from memladder.meter.outside import runner
 from memladder.models import Subject
@@ -35,7 +33,7 @@ from memladder.models.cache import default_dir
 from memladder.paper import rows
 from memladder.reports import printing
 from memladder.sweeps import cases as sweep_cases
-from memladder.sweeps import store
+from memladder.sweeps import store, subjects
 from memladder.sweeps.executors import serial
 
 if TYPE_CHECKING:
@@ -236,7 +234,8 @@ def measure(request: Request) -> int:
             f"{past}{scope} under {framework}",
             flush=True,
         )
-        record = _measure_one(Job.of(case, subject, options.cache_dir), options, kept)
+        with telling(case.id, plain_console(stderr=True)) as tell:
+            record = api.measured(case, subject, options, kept, tell)
         path = kept.save(record)
     if record.steady_bytes is not None:
         print({case.id: round(mib(record.steady_bytes))})
@@ -248,21 +247,6 @@ def _single(kind: str, names: Sequence[str]) -> str:
     if len(names) != 1:
         raise UsageError(f"one {kind} is measured at a time, not {', '.join(names)}")
     return names[0]
-
-
-def _measure_one(job: Job, options: serial.SweepOptions, kept: store.Store) -> Record:
-    name = job.case.framework
-    if name not in frameworks.names():
-        return runner.unavailable(job.case, sweep_cases.availability(name, job.case.device))
-    with telling(job.case.id, plain_console(stderr=True)) as tell:
-        return runner.measure(
-            job,
-            frameworks.get(name),
-            repeats=options.repeats,
-            limits=options.limits,
-            log_path=kept.log_path(kept.name(job.case)),
-            on_event=tell,
-        )
 
 
 def _explain(record: Record, path: Path) -> None:
@@ -288,7 +272,7 @@ def sweep(request: Request) -> int:
     names = request.framework_names
     shapes = request.workloads
     chosen = request.subjects()
-    runnable, missing = _split(names, device)
+    runnable, missing = api.available(names, device)
     cases = sweep_cases.select(chosen, runnable, shapes, device, request.layers)
     kept = store.Store(request.log)
     console = plain_console(stderr=True)
@@ -300,11 +284,8 @@ def sweep(request: Request) -> int:
             raise UsageError(f"none of the frameworks {', '.join(names)} can run on {device} here")
         with SweepView(cases, request.repeats, console) as view:
             outcome = serial.sweep(cases, chosen, kept, request.options(), view)
-    unavailable = [
-        runner.unavailable(case, sweep_cases.availability(case.framework, device))
-        for case in sweep_cases.select(chosen, missing, shapes, device, request.layers)
-    ]
-    records = [*outcome.records, *unavailable]
+    absent = sweep_cases.select(chosen, missing, shapes, device, request.layers)
+    records = [*outcome.records, *api.unavailable(absent)]
     if request.results is not None:
         told = store.merge_results(
             request.results, list(outcome.records), list(outcome.verifications)
@@ -327,11 +308,6 @@ def _report(
     print(out)
 
 
-def _split(names: Iterable[str], device: str) -> tuple[list[str], list[str]]:
-    can_run = {name: sweep_cases.availability(name, device).available for name in names}
-    return [name for name in can_run if can_run[name]], [n for n in can_run if not can_run[n]]
-
-
 def _tell_missing(names: Sequence[str], device: str, console: Console) -> None:
     for name in names:
         found = sweep_cases.availability(name, device)
@@ -346,7 +322,7 @@ def verify(request: Request) -> int:
     """Compare frameworks with the reference; 0 when all agree."""
     device = environment.resolve_device(request.device)
     names = request.framework_names
-    runnable, missing = _split(names, device)
+    runnable, missing = api.available(names, device)
     planned = [name for name in runnable if sweep_cases.availability(name, device).plans]
     runnable = [name for name in runnable if name not in planned]
     console = plain_console(stderr=True)
@@ -413,7 +389,7 @@ def tune(request: Request) -> int:
     if device == "cpu":
         raise UsageError("tune measures a GPU's kernels; --device cpu has none")
     names = request.framework_names
-    runnable, missing = _split([name for name in names if name.startswith("ladder")], device)
+    runnable, missing = api.available([name for name in names if name.startswith("ladder")], device)
     _tell_missing(missing, device, plain_console(stderr=True))
     if not runnable:
         raise UsageError(f"none of {', '.join(names)} is a Ladder that can run on {device} here")

@@ -162,7 +162,8 @@ def measure(
     cache_dir: CacheDir = None,
 ) -> None:
     """Measure one cell; its record goes to log/."""
-    from memladder.cli import actions, subjects
+    from memladder.cli import actions
+    from memladder.sweeps import subjects
 
     request = actions.Request(
         models=model,
@@ -205,7 +206,8 @@ def sweep(
     layers: Layers = "1",
 ) -> None:
     """Measure the figure's cases here and draw them; resumes."""
-    from memladder.cli import actions, subjects
+    from memladder.cli import actions
+    from memladder.sweeps import subjects
 
     request = actions.Request(
         models=models,

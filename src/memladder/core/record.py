@@ -6,6 +6,7 @@ monotonic clock.
 
 from __future__ import annotations
 
+import html
 import math
 import statistics
 from collections.abc import Mapping
@@ -17,6 +18,8 @@ from memladder.core.case import Case, Workload
 from memladder.core.errors import MemladderError, RecordError
 from memladder.core.plan import CompilerPlan
 from memladder.core.serial import AnyFloat, StrEnum, younger
+from memladder.core.text import shown
+from memladder.core.units import format_bytes
 
 SCHEMA = 1
 T = TypeVar("T")
@@ -239,6 +242,20 @@ class Record:
         if self.status is not Status.MEASURED and not self.reason:
             raise RecordError(f"{self.case.id}: status {self.status} without a reason")
         _refuse_negative(self.case.id, self)
+
+    def __repr__(self) -> str:
+        steady = self.steady_bytes
+        told = self.reason if steady is None else format_bytes(steady)
+        return f"<Record {self.case.id} on {self.case.device}: {self.status}, {shown(str(told))}>"
+
+    def _repr_html_(self) -> str:
+        """The phases of the first run, as notebooks show it; all of it escaped."""
+        phases = self.runs[0].phases if self.runs else ()
+        rows = "".join(
+            f"<tr><td>{html.escape(phase.name)}</td><td>{format_bytes(phase.peak_bytes)}</td></tr>"
+            for phase in phases
+        )
+        return f"<p>{html.escape(repr(self))}</p><table>{rows}</table>"
 
     @property
     def steady_bytes(self) -> int | None:

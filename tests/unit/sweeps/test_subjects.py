@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from memladder import models
-from memladder.cli import subjects
 from memladder.core.case import Workload
 from memladder.core.errors import ConfigError, UsageError
+from memladder.sweeps import subjects
 
 QWEN = {
     "model_type": "qwen3",
