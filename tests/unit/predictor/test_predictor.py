@@ -151,6 +151,34 @@ def test_ignored_modules_stay() -> None:
     assert kept == mlp | {("self_attn.k_proj.weight", 2), ("self_attn.k_proj.weight", 3)}
 
 
+def _compressed(**weights: Any) -> dict[str, Any]:
+    return {"quant_method": "compressed-tensors", "config_groups": {"one": {"weights": weights}}}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"quant_method": "fp8", "weight_block_size": "ab"},
+        {"quant_method": "fp8", "weight_block_size": [0, 128]},
+        {"quant_method": "fp8", "weight_block_size": [128]},
+        {"quant_method": "fp8", "weight_block_size": [128, True]},
+        {"quant_method": "gptq", "bits": 4, "group_size": -7},
+        {"quant_method": "gptq", "bits": 4, "group_size": None},
+        {"quant_method": "awq", "bits": 4, "group_size": 64.0},
+        {"quant_method": "modelopt", "quantization": []},
+        _compressed(num_bits=4, type="float", group_size="x"),
+        _compressed(num_bits=4, type="float", group_size=-4),
+        _compressed(num_bits=8, strategy="block", block_structure=[0]),
+        _compressed(num_bits=8, strategy="block", block_structure="128x128"),
+    ],
+)
+def test_a_damaged_quantisation_is_refused_by_name(tmp_path: Path, config: dict[str, Any]) -> None:
+    given = json.loads((_CONFIGS / "llama-3.1-8b" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**given, "quantization_config": config}))
+    with pytest.raises(UnavailableError, match=r"^quantization_config: \w+ .* (is|of) "):
+        api.predict(tmp_path, "vllm", layers="all")
+
+
 def test_an_unknown_quantisation_is_refused_by_name() -> None:
     raw = json.loads((_CONFIGS / "llama-3.1-8b" / "config.json").read_text())
     architecture = model.reading.read(raw | {"quantization_config": {"quant_method": "magic"}})

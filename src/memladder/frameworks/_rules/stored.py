@@ -185,9 +185,22 @@ def _bits(config: Mapping[str, Any], name: str, allowed: tuple[int, ...]) -> int
 
 def _group(config: Mapping[str, Any], default: int) -> int | None:
     value = config.get("group_size", default)
-    if isinstance(value, bool) or not isinstance(value, int) or value == 0:
-        raise UnpredictableError(f"quantization_config: group_size {value!r} is not a whole number")
-    return value if value > 0 else None
+    if not _whole(value) and value != -1:
+        raise UnpredictableError(
+            f"quantization_config: group_size {value!r} is neither a whole number nor -1"
+        )
+    return None if value == -1 else int(value)
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _block(config: Mapping[str, Any], name: str, default: list[int]) -> tuple[int, int]:
+    value = config.get(name) or default
+    if not isinstance(value, list) or len(value) != 2 or not all(map(_whole, value)):
+        raise UnpredictableError(f"quantization_config: {name} {value!r} is not two whole numbers")
+    return value[0], value[1]
 
 
 def _gptq(config: Mapping[str, Any]) -> Scheme:
@@ -202,9 +215,8 @@ def _awq(config: Mapping[str, Any]) -> Scheme:
 
 
 def _fp8(config: Mapping[str, Any]) -> Scheme:
-    block = config.get("weight_block_size")
-    if block:
-        return Scheme(8, None, 32, block=(int(block[0]), int(block[1])))
+    if config.get("weight_block_size"):
+        return Scheme(8, None, 32, block=_block(config, "weight_block_size", []))
     return Scheme(8, 0, 32)
 
 
@@ -234,12 +246,12 @@ def _compressed_weights(weights: Mapping[str, Any]) -> Scheme:
     bits = _bits(weights, "num_bits", (2, 3, 4, 8))
     strategy = str(weights.get("strategy"))
     if weights.get("type") == "float" and bits == 4:
-        return Scheme(4, int(weights.get("group_size") or _NVFP4_GROUP), 8)
+        size = weights.get("group_size") or _NVFP4_GROUP
+        return Scheme(4, _group({"group_size": size}, _NVFP4_GROUP), 8)
     if strategy == "tensor":
         return Scheme(bits, 0, 32)
     if strategy == "block":
-        rows, columns = weights.get("block_structure") or (128, 128)
-        return Scheme(bits, None, 32, block=(int(rows), int(columns)))
+        return Scheme(bits, None, 32, block=_block(weights, "block_structure", [128, 128]))
     if strategy == "channel":
         return Scheme(bits, None, 32 if weights.get("type") == "float" else 16)
     zeros = 0 if weights.get("symmetric", True) else bits
@@ -248,6 +260,8 @@ def _compressed_weights(weights: Mapping[str, Any]) -> Scheme:
 
 def _modelopt(config: Mapping[str, Any]) -> Scheme:
     inner = config.get("quantization", config)
+    if not isinstance(inner, Mapping):
+        raise UnpredictableError(f"quantization_config: quantization {inner!r} is not an object")
     algorithm = str(inner.get("quant_algo", config.get("quant_algo", ""))).upper()
     if algorithm == "NVFP4":
         return Scheme(4, _NVFP4_GROUP, 8)
