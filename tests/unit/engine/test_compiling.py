@@ -106,6 +106,7 @@ def test_headers_of_inputs_that_were_changed(model: Path, tmp_path: Path) -> Non
         (["layer.onnx", "--out", "o", "--memory-budget", "0"], "memory budget '0'"),
         (["layer.onnx", "--out", "/proc/o"], "cannot write /proc/o"),
         (["text.onnx", "--out", "o"], "text.onnx: not an ONNX file"),
+        (["same.onnx", "--out", "o"], "same.onnx: the output is the hidden states as they are"),
     ],
 )
 def test_compile_refuses_in_one_line(
@@ -114,6 +115,7 @@ def test_compile_refuses_in_one_line(
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "file").touch()
     (tmp_path / "text.onnx").write_text("no model")
+    save(tmp_path / "same.onnx", [("Identity", "x", "y")])
     before = sorted(tmp_path.rglob("*"))
     done = memladder("compile", *arguments)
     assert (done.code, done.out) == (2, "")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from memladder import formats
 from memladder.core.case import Workload
-from memladder.core.errors import UsageError
+from memladder.core.errors import GraphError, UsageError
 from memladder.engine.compile.fuse import fuse
 from memladder.engine.compile.traffic import Traffic
 from memladder.engine.frontend import convert
@@ -80,6 +80,8 @@ def compile_file(path: Path, options: CompileOptions) -> Result:
         program, planned, chunk = within(
             form, graph.shape, rounded, options.budget, options.in_place
         )
+    if not program.steps:
+        raise GraphError(f"{path}: the output is the hidden states as they are: no step to compile")
     return Result(graph, form, parameters, rounded, program, planned, chunk, options)
 
 
