@@ -138,7 +138,7 @@ def test_a_record_is_ascii_in_its_file() -> None:
 
 
 def test_make_test_runs_both_parts_and_fails_at_the_end(tmp_path: Path) -> None:
-    """The recipe as it is, with a pytest that fails in the first part."""
+    """The recipe as it is, with a pytest that fails in the first part; each part's last word."""
     told = tmp_path / "told"
     python = tmp_path / "python"
     python.write_text(
@@ -158,5 +158,5 @@ def test_make_test_runs_both_parts_and_fails_at_the_end(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert [line.rsplit(" ", 1)[-1] for line in told.read_text().splitlines()] == [
         "tests/unit",
-        "tests/cpu",
+        "tests/browser",
     ]
