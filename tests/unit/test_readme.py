@@ -82,15 +82,15 @@ def test_the_readme_s_answers_are_what_the_commands_print(memladder: Command) ->
         assert [line.rstrip() for line in done.out.splitlines()] == shown.splitlines()
 
 
-def test_the_readme_s_sentence_about_a_cache_in_fp8(memladder: Command) -> None:
+def test_the_readme_s_sentence_about_a_cache_in_int8(memladder: Command) -> None:
     asked = ("--gpu", "RTX A6000", "--context", "32768", "--json")
     left = []
-    for cache in ("auto", "fp8"):
+    for cache in ("auto", "int8"):
         model = ROOT / "tests/configs/llama-3.3-70b"
         done = memladder("fit", "--model", model, *asked, "--kv-format", cache)
         rows = {row["framework"]: row for row in json.loads(done.out)["rows"]}
         left.append(rows["ladder_fp16_int4"]["left_bytes"] / GIB)
-    assert "with {:.1f} GiB left; `--kv-format fp8` leaves {:.1f}.".format(*left) in README
+    assert "with {:.1f} GiB left; `--kv-format int8` leaves {:.1f}.".format(*left) in README
 
 
 @pytest.mark.parametrize(("name", "device"), [("cpu", "cpu"), ("h100", "cuda")])

@@ -86,9 +86,12 @@ class Ladder(Framework):
         reason = self._too_old(device)
         return Availability(reason is None, version, reason)
 
+    def _least(self) -> tuple[int, int]:
+        return _LEAST_FP8 if "fp8" in self.weight else _LEAST
+
     def _too_old(self, device: str) -> str | None:
         found = compute_capability(device)
-        least = _LEAST_FP8 if "fp8" in self.weight else _LEAST
+        least = self._least()
         if found is None or found >= least:
             return None
         return (
@@ -142,7 +145,9 @@ class Ladder(Framework):
         """Packed weights and the plan of the arena, in closed form (`_rules/ladder.py`)."""
         from memladder.frameworks._rules import ladder, stored
 
-        return ladder.predict(question, stored.SCHEMES[self.weight], self.activation)
+        if not question.device.is_cpu:
+            question.require_capability(self._least(), self.title)
+        return ladder.predict(question, stored.scheme(self.weight), self.activation)
 
     def quantisation_tolerance(self, job: Job) -> float:
         """What quantising these weights and hidden states loses by itself, `_PROPAGATED` times, and

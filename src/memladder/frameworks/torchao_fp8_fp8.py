@@ -104,6 +104,7 @@ class TorchAOFp8(Quantised):
         """As PyTorch's, with this package's matrices and products."""
         from memladder.frameworks._rules import torch_layer, torchao
 
+        question.require_capability(_LEAST, self.title)
         return torch_layer.predict(question, torchao.FP8)
 
     def format_settings(self, job: Job) -> Mapping[str, Setting]:

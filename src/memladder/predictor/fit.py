@@ -91,10 +91,9 @@ def fit(
     if not 1 <= context <= _MOST:
         raise UsageError(f"context {context!r} is not a whole number from 1 to {_MOST}")
     found: list[Fit] = []
-    needs: dict[tuple[str, str | None, int], Callable[[int, int], Prediction]] = {}
     for gpu, count in gpus:
         rows = [
-            _row(model, gpu, count, name, form, setting, batch_size, context, cache_format, needs)
+            _row(model, gpu, count, name, form, setting, batch_size, context, cache_format)
             for name, form, setting in rows_of(model)
         ]
         found += _ranked(rows)
@@ -128,29 +127,21 @@ def _row(
     batch_size: int,
     context: int,
     cache_format: str,
-    needs: dict[tuple[str, str | None, int], Callable[[int, int], Prediction]],
 ) -> Fit:
     ranks = count if name in _SPLITS else 1
-    key = (name, setting, ranks)
-    # Only the context differs from GPU to GPU, and the kernels of a generation.
-    if key not in needs:
-        needs[key] = _needs(model, gpu, name, setting, ranks, cache_format)
+    needed = _needs(model, gpu, name, setting, ranks, cache_format)
     try:
-        asked = needs[key](batch_size, context)
+        asked = needed(batch_size, context)
     except (UnpredictableError, UsageError) as error:
         return Fit(gpu.name, count, name, form, None, None, None, None, None, None,
                    reason=str(error))  # fmt: skip
-    moved = gpu.context_bytes - asked.ledger.nbytes("context")
-    moved = moved if asked.ledger.nbytes("context") > gpu.context_bytes // 2 else 0
-    room = gpu.usable_bytes - (moved if name not in ("onnxruntime",) else 0)
-
-    left = room - asked.total_bytes
+    room = gpu.usable_bytes
     limit = model.architecture.positions or _MOST
     return Fit(
-        gpu.name, count, name, form, asked.total_bytes + moved, asked.low_bytes, asked.high_bytes,
-        left,
-        min(_most(lambda n: needs[key](batch_size, n), context, room), limit),
-        _most(lambda n: needs[key](n, context), batch_size, room),
+        gpu.name, count, name, form, asked.total_bytes, asked.low_bytes, asked.high_bytes,
+        room - asked.total_bytes,
+        min(_most(lambda n: needed(batch_size, n), context, room), limit),
+        _most(lambda n: needed(n, context), batch_size, room),
     )  # fmt: skip
 
 

@@ -200,6 +200,76 @@ def test_fit(name: str, gpu: str, row: tuple[str, str], fits: bool) -> None:
         assert (rows[row].most_batch or 0) >= 1
 
 
+# NVIDIA's table of compute capabilities: T4 7.5, RTX A6000 8.6, RTX 4090 8.9.
+@pytest.mark.parametrize(
+    ("gpu", "row", "least"),
+    [
+        ("T4", "welder", "8.0"),
+        ("T4", "ladder_fp16_int4", "8.0"),
+        ("RTX A6000", "ladder_fp16_int4", None),
+        ("RTX A6000", "ladder_fp8_fp8", "8.9"),
+        ("RTX A6000", "ladder_mxfp8_mxfp8", "8.9"),
+        ("RTX A6000", "torchao_fp8_fp8", "8.9"),
+        ("RTX 4090", "ladder_fp8_fp8", None),
+        ("RTX 4090", "torchao_fp8_fp8", None),
+        ("cpu", "ladder_fp8_fp8", None),
+    ],
+)
+def test_a_gpu_without_the_arithmetic_is_refused(gpu: str, row: str, least: str | None) -> None:
+    if least is None:
+        assert api.predict("llama", row, gpu=gpu).total_bytes > 0
+        return
+    with pytest.raises(UnavailableError, match=rf" needs compute capability {least}$"):
+        api.predict("llama", row, gpu=gpu)
+
+
+@pytest.mark.parametrize(
+    ("row", "cache", "said"),
+    [
+        ("ladder_fp16_int4", "q4_0", "ladder has no cache in q4_0; allowed: auto, fp16, fp8, int8"),
+        ("ladder_fp16_int4", "fp8", "ladder's cache in fp8 needs compute capability 8.9"),
+        ("vllm", "q8_0", "vLLM has no cache in q8_0; allowed: auto, fp16, bf16, fp8"),
+        ("llamacpp_int4", "fp8", "llama.cpp has no cache in fp8; allowed: auto, fp16"),
+        ("pytorch", "fp8", "a torch layer has no cache in fp8; allowed: auto, fp16, bf16"),
+    ],
+)
+def test_a_cache_that_a_framework_has_not_is_refused(row: str, cache: str, said: str) -> None:
+    with pytest.raises(UnavailableError, match=said):
+        api.predict("llama", row, past=1, kv_format=cache, gpu="RTX A6000")
+
+
+@pytest.mark.parametrize(("cache", "head"), [("auto", 256), ("fp8", 132), ("int8", 132)])
+@pytest.mark.parametrize("gpu", ["H100", "cpu"])
+def test_ladder_s_cache_has_its_scales(cache: str, head: int, gpu: str) -> None:
+    """A head of 128: two bytes a number, or one and a float32 scale; 8 heads, 32 layers."""
+    found = api.predict(
+        _CONFIGS / "llama-3.1-8b", "ladder", batch_size=3, past=999, layers="all",
+        kv_format=cache, gpu=gpu,
+    )  # fmt: skip
+    assert found.ledger.nbytes("kv_cache") == 2 * 32 * 8 * head * 3 * 1000
+
+
+def test_ladder_s_window_is_whole_tiles(tmp_path: Path) -> None:
+    """Mistral-7B-v0.1 sees 4096 tokens: 32 tiles of 128 hold 4095 before a token and itself."""
+    config = json.loads((_CONFIGS / "mistral-7b" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "sliding_window": 4096}))
+    for past, seq_len, tokens in ((5000, 1, 4096), (5000, 2, 4224), (4000, 1, 4001)):
+        found = api.predict(tmp_path, "ladder", past=past, seq_len=seq_len)
+        assert found.ledger.nbytes("kv_cache") == 2 * 8 * 256 * tokens
+
+
+def test_gpus_of_two_generations_are_each_asked() -> None:
+    """H100's context was measured, others' not, so that their intervals are wider."""
+    together = api.fit("llama", ["H100", "RTX A6000", "T4"])
+    apart = [row for gpu in ("H100", "RTX A6000", "T4") for row in api.fit("llama", gpu)]
+    assert list(together) == apart
+    rows = {(row.gpu, row.framework): row for row in together}
+    for name in ("ladder", "vllm_fp16_int4"):
+        one, other = rows["H100", name], rows["RTX A6000", name]
+        assert (one.high_bytes or 0) + 128 * MIB == other.high_bytes
+    assert rows["T4", "ladder"].reason == "Ladder needs compute capability 8.0"
+
+
 def test_the_largest_context_fits_and_more_does_not() -> None:
     (row, *_) = [r for r in api.fit(_CONFIGS / "llama-3.1-8b", "RTX 4090") if r.format == "fp16"]
     assert row.most_context is not None

@@ -6,12 +6,13 @@ import random
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import memladder as package
 from memladder.core.case import Workload
-from memladder.core.errors import UsageError
+from memladder.core.errors import UnavailableError, UsageError
 from memladder.core.record import Record, Status
 from memladder.core.units import MIB
 from memladder.paper.published import published
@@ -177,18 +178,22 @@ def test_tables_say_what_the_predictor_says() -> None:
         place, gpu = draw.randrange(2), draw.choice(tables["gpus"])
         row = draw.choice(tables["models"][place]["rows"])
         b, c = draw.randrange(len(fitting.BATCHES)), draw.randrange(len(fitting.CONTEXTS))
-        asked = api.predict(
-            names[place],
-            row["framework"],
-            batch_size=fitting.BATCHES[b],
-            past=fitting.CONTEXTS[c] - 1,
-            layers="all",
-            gpu=gpu["name"],
-            settings={"weight_format": "fp8"}
+        found = row["tables"][min(gpu["generation"], len(row["tables"]) - 1)]
+        given: dict[str, Any] = {
+            "batch_size": fitting.BATCHES[b],
+            "past": fitting.CONTEXTS[c] - 1,
+            "layers": "all",
+            "gpu": gpu["name"],
+            "settings": {"weight_format": "fp8"}
             if (row["framework"], row["format"]) == vllm_fp8
             else {},
-        )
-        found = row["hopper" if gpu["hopper"] else "older"]
+        }
+        if "reason" in found:
+            with pytest.raises(UnavailableError) as refused:
+                api.predict(names[place], row["framework"], **given)
+            assert str(refused.value) == found["reason"]
+            continue
+        asked = api.predict(names[place], row["framework"], **given)
         total, margin = found["totals"][b][c], found["margins"][b][c] + gpu["spread"]
         assert total == asked.total_bytes
         assert (max(total - margin, 0), total + margin) == (asked.low_bytes, asked.high_bytes)

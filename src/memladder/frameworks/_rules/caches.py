@@ -15,6 +15,8 @@ _BITS: dict[str, float] = {
     "q4_0": 4.5,
     "fp32": 32,
 }
+AS_ACTIVATIONS = ("fp16", "bf16")
+"""Of frameworks whose caches are as their activations are."""
 _STATE_BITS = 32  # recurrent states are kept in float32, convolutions' tails as activations
 
 
@@ -25,6 +27,15 @@ def cache_bits(name: str) -> float:
             f"unknown format {name[:40]!r} of the cache; known: {', '.join(_BITS)}"
         )
     return _BITS[name]
+
+
+def require(question: Question, formats: tuple[str, ...], who: str) -> None:
+    """Raise UnpredictableError for a format that this framework has no cache in."""
+    cache_bits(question.cache_format)
+    if question.cache_format not in ("auto", *formats):
+        raise UnpredictableError(
+            f"{who} has no cache in {question.cache_format}; allowed: auto, {', '.join(formats)}"
+        )
 
 
 def kept_tokens(cache: CacheSpec, length: int, chunk: int, block: int) -> int:

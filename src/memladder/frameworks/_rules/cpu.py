@@ -21,13 +21,10 @@ _SPREAD = 40 * MIB
 
 
 def answer(
-    question: Question, engine: str, weights: int, activations: int, around: int = 0
+    question: Question, engine: str, weights: int, activations: int, around: int, cache: int
 ) -> Answer:
     """The ledger of these amounts, with the engine's constants."""
     heap = _HEAP[engine] * MIB + (_LONG_HEAP if question.tokens > _LONG else 0)
-    cache = 0
-    if question.past:
-        cache = question.batch_size * caches.sequence_bytes(question, question.length)
     entries = (
         Entry("libraries", _LIBRARIES[engine] * MIB, Known.ASSUMED, "interpreter and imports"),
         Entry("weights", weights, Known.DERIVED),
@@ -38,6 +35,13 @@ def answer(
     )
     notes = ("on a CPU: PSS of one kind of machine",)
     return Answer(entries, 0.05, _SPREAD, notes)
+
+
+def _cache(question: Question) -> int:
+    """Of frameworks whose cache is as its tokens are."""
+    if not question.past:
+        return 0
+    return question.batch_size * caches.sequence_bytes(question, question.length)
 
 
 def torch_layer(question: Question) -> Answer:
@@ -54,7 +58,7 @@ def torch_layer(question: Question) -> Answer:
     else:
         inner = max(layer.inner, layer.experts_per_token * layer.expert_inner)
         highest = 2 * rows * inner + 3 * hidden
-    return answer(question, "pytorch", 2 * layer.parameters, given + highest)
+    return answer(question, "pytorch", 2 * layer.parameters, given + highest, 0, _cache(question))
 
 
 def onnxruntime(question: Question) -> Answer:
@@ -69,4 +73,4 @@ def onnxruntime(question: Question) -> Answer:
         highest = 4 * scores + 7 * hidden + 2 * inner
     else:
         highest = scores + 3 * inner + 3 * hidden
-    return answer(question, "onnxruntime", weights, highest + 2 * hidden)
+    return answer(question, "onnxruntime", weights, highest + 2 * hidden, 0, _cache(question))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from memladder.core.ledger import Entry, Known
 from memladder.core.units import MIB
+from memladder.engine.program.cache import CACHE_FORMATS, CacheShape
 from memladder.engine.program.steps import CHUNK
 from memladder.frameworks._rules import caches, cpu, stored
 from memladder.frameworks._rules.question import Answer, Question, UnpredictableError
@@ -21,6 +22,7 @@ _PAGE = 2 * MIB
 _WORKSPACE = 8 * MIB
 _FEW_ROWS = range(2, 65)
 _HOPPER = (9, 0)
+_FP8 = (8, 9)
 _NARROW = ("mxfp8", "int8")
 
 
@@ -33,6 +35,9 @@ def predict(question: Question, scheme: stored.Scheme, activation: str) -> Answe
             raise UnpredictableError("ladder compiles no experts and no recurrent layers yet")
         if group.layer.cache.latent:
             raise UnpredictableError("ladder compiles no latent attention yet")
+    caches.require(question, CACHE_FORMATS, "ladder")
+    if question.cache_format == "fp8":
+        question.require_capability(_FP8, "ladder's cache in fp8")
     held = stored.stored(question, stored.everywhere(scheme), pad_vocabulary=False)
     arena = _arena(question, activation)
     hopper = (question.device.capability or _HOPPER) >= _HOPPER
@@ -41,7 +46,7 @@ def predict(question: Question, scheme: stored.Scheme, activation: str) -> Answe
     notes, spread = [], 4 * MIB
     cache = around = 0
     if question.past:
-        cache = question.batch_size * caches.sequence_bytes(question, question.length)
+        cache = _cache(question)
         notes.append("layers with a past were not measured yet")
         spread += 16 * MIB
     if question.whole:
@@ -51,7 +56,7 @@ def predict(question: Question, scheme: stored.Scheme, activation: str) -> Answe
         notes.append("whole models were not measured yet")
         spread += 32 * MIB
     if question.device.is_cpu:
-        return cpu.answer(question, "ladder", weights, arena, around)
+        return cpu.answer(question, "ladder", weights, arena, around, cache)
     blocks = [weights + around, arena + workspace, cache]
     slack = sum(-size % _PAGE for size in blocks)
     entries = (
@@ -66,6 +71,22 @@ def predict(question: Question, scheme: stored.Scheme, activation: str) -> Answe
         Entry("driver_step", slack, Known.DERIVED, "blocks end in pages of 2 MiB"),
     )
     return Answer(entries, 0.005, spread, tuple(notes), VERSION)
+
+
+def _cache(question: Question) -> int:
+    """The buffers that the engine plans for all layers in scope, as long as what is in them."""
+    name = "fp16" if question.cache_format == "auto" else question.cache_format
+    total = 0
+    for group in question.groups():
+        held = group.layer.cache
+        if held.shared:
+            continue
+        shape = CacheShape(
+            question.batch_size, question.length, question.seq_len, name, held.window
+        )
+        buffers = shape.state(held.kv_heads, held.key_size, held.window)
+        total += group.count * sum(buffer.nbytes for buffer in buffers)
+    return total
 
 
 def _arena(question: Question, activation: str) -> int:

@@ -15,6 +15,7 @@ VERSION = "0.3.36"
 _PAD = 256
 _UBATCH = 512
 _MODULES = 128 * MIB
+_CACHES = ("fp16", "bf16", "fp32", "q8_0", "q4_0")
 _Q6_K = stored.Scheme(6.5625)
 
 
@@ -24,6 +25,7 @@ def predict(question: Question, scheme: stored.Scheme) -> Answer:
         raise UnpredictableError("llama.cpp's row runs on one GPU")
     if question.device.is_cpu:
         raise UnpredictableError("no rules for llama.cpp's memory on a CPU")
+    caches.require(question, _CACHES, "llama.cpp")
     held = stored.stored(question, stored.everywhere(scheme), item_bytes=4)
     around = _around(question, scheme) if question.whole else 0
     entries = (

@@ -21,6 +21,7 @@ _PAGE = 2 * MIB
 def predict(question: Question) -> Answer:
     """Raises UnpredictableError for experts and whole models."""
     model, layer = question.model, question.groups()[0].layer
+    caches.require(question, caches.AS_ACTIVATIONS, "onnxruntime")
     if question.layers != 1 or question.ranks > 1:
         raise UnpredictableError("ONNX Runtime's row runs one layer on one GPU")
     if layer.experts or layer.kind not in ("full", "window"):

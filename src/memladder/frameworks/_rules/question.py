@@ -76,6 +76,12 @@ class Question:
         ]
         return tuple(group for group in first if group.numbers)
 
+    def require_capability(self, least: tuple[int, int], who: str) -> None:
+        """Raise UnpredictableError for a GPU that is known to be older."""
+        found = self.device.capability
+        if found is not None and found < least:
+            raise UnpredictableError(f"{who} needs compute capability {least[0]}.{least[1]}")
+
     def number(self, name: str, default: int) -> int:
         """A whole number among the settings."""
         text = self.settings.get(name)

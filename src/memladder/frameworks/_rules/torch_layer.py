@@ -45,6 +45,7 @@ class Package:
 
 def predict(question: Question, package: Package) -> Answer:
     """Context to slack on a GPU. Raises UnpredictableError for what the rules have not seen."""
+    caches.require(question, caches.AS_ACTIVATIONS, "a torch layer")
     if question.device.is_cpu:
         if package.load is not None:
             raise UnpredictableError("no rules for quantised torch rows on a CPU")

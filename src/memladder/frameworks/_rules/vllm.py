@@ -36,6 +36,7 @@ _GRAPHS = round(1.2 * GIB)
 
 def predict(question: Question, scheme: stored.Scheme | None) -> Answer:
     """Context to slack; with `gpu_memory_utilization` the cache is what is left."""
+    caches.require(question, (*caches.AS_ACTIVATIONS, "fp8"), "vLLM")
     minor = _minor(question.version or VERSION)
     named = question.settings.get("weight_format")
     if named is not None:

@@ -17,9 +17,9 @@ from memladder.predictor.model import Model
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 CONTEXTS = (1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
-# Rows whose workspace depends on a GPU's generation.
-_BY_GENERATION = "ladder"
-_HOPPER = (9, 0)
+# Least compute capabilities of generations, the newest first, by which these rows differ.
+_GENERATIONS = ((9, 0), (8, 9), (8, 0), (0, 0))
+_BY_GENERATION = ("ladder", "torchao_fp8_fp8")
 
 
 def tables(models: tuple[Model, ...]) -> dict[str, Any]:
@@ -38,7 +38,7 @@ def tables(models: tuple[Model, ...]) -> dict[str, Any]:
                 "usable": gpu.usable_bytes,
                 "context": gpu.context_bytes,
                 "spread": predict.context_spread(predict.device_of(gpu)),
-                "hopper": (gpu.capability or _HOPPER) >= _HOPPER,
+                "generation": _generation(gpu),
             }
             for gpu in gpus.table()
         ],
@@ -46,15 +46,21 @@ def tables(models: tuple[Model, ...]) -> dict[str, Any]:
     }
 
 
+def _generation(gpu: gpus.Gpu) -> int:
+    """Where its generation is in the lists of tables; a list of one is for all."""
+    capability = gpu.capability or _GENERATIONS[0]
+    return next(place for place, least in enumerate(_GENERATIONS) if capability >= least)
+
+
 def _model(model: Model) -> dict[str, Any]:
     measured = predict.device_of(gpus.find("H100"))
-    older = replace(measured, capability=(8, 0))
     found = []
     for name, form, setting in rows_of(model):
-        both = [_table(model, name, setting, measured)]
-        if name.startswith(_BY_GENERATION):
-            both.append(_table(model, name, setting, older))
-        found.append({"framework": name, "format": form, "hopper": both[0], "older": both[-1]})
+        kinds = _GENERATIONS if name.startswith(_BY_GENERATION) else _GENERATIONS[:1]
+        made = [
+            _table(model, name, setting, replace(measured, capability=least)) for least in kinds
+        ]
+        found.append({"framework": name, "format": form, "tables": made})
     return {"name": model.name, "positions": model.architecture.positions, "rows": found}
 
 

@@ -3,7 +3,7 @@ function answers(modelName, gpuName, batch, context) {
   const tables = data.fit, gpu = tables.gpus.find((one) => one.name === gpuName);
   const b = tables.batches.indexOf(batch), c = tables.contexts.indexOf(context);
   const rows = tables.models.find((one) => one.name === modelName).rows.map((row) => {
-    const found = gpu.hopper ? row.hopper : row.older;
+    const found = row.tables[gpu.generation] ?? row.tables[0];
     const named = { framework: row.framework, format: row.format };
     if (found.reason) return { ...named, reason: found.reason };
     const needed = found.totals[b][c], margin = found.margins[b][c] + gpu.spread;
