@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from memladder import formats, models
-from memladder.cli import quantizing
+from memladder.cli.commands import quantize
 from memladder.core.errors import MemladderError, UsageError
 from memladder.engine.compile import layers
 from memladder.engine.packed import checkpoint, packed_layer, packing
@@ -582,7 +582,7 @@ def test_no_packed_file_without_its_summary(
     def full(path: Path, _: str) -> None:
         raise UsageError(f"cannot write {path}: No space left on device")
 
-    monkeypatch.setattr(quantizing, "write_atomic", full)
+    monkeypatch.setattr(quantize, "write_atomic", full)
     refused(memladder("quantize", "bloom", "--out", "out"), "int4.json: No space left on device")
 
 
@@ -635,7 +635,7 @@ def peak(code: str, *arguments: str | Path) -> int:
 def test_memory_stays_below_the_result_and_256_mib(large: Path, tmp_path: Path) -> None:
     modules = "checkpoint, packed_layer, packing"
     before = peak(
-        "from memladder import formats; from memladder.cli import quantizing; "
+        "from memladder import formats; from memladder.cli.commands import quantize; "
         f"from memladder.engine.packed import {modules}"
     )
     code = (

@@ -19,7 +19,7 @@ from tests.unit import examples
 from tests.unit.sweeps.test_verification import _View
 
 CASE = Case("llama", "pytorch", Workload(1, 1), "cpu")
-SUBJECTS = {"llama": models.Subject(models.layer_config("llama"), None, None)}
+SUBJECTS = {"llama": models.Subject(models.layer_config("llama"))}
 
 
 @pytest.fixture
