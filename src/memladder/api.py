@@ -18,7 +18,8 @@ from memladder.accounting.diff import Difference
 from memladder.core.case import Case, Workload
 from memladder.core.errors import RecordError, UsageError
 from memladder.core.ledger import Ledger
-from memladder.core.record import Record, Verification
+from memladder.core.record import Record
+from memladder.core.verification import Verification
 from memladder.frameworks._shared.base import Job
 from memladder.meter import environment
 from memladder.meter.outside import runner

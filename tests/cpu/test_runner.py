@@ -21,17 +21,9 @@ from memladder.checks.calibration import calibrate
 from memladder.core.case import Case, Workload
 from memladder.core.errors import UnavailableError, UsageError, WorkerError
 from memladder.core.host import HostMemory
-from memladder.core.record import (
-    PHASES,
-    Record,
-    Source,
-    Status,
-    Verification,
-    dumps,
-    loads_record,
-    loads_verification,
-)
+from memladder.core.record import PHASES, Record, Source, Status, dumps, loads_record
 from memladder.core.units import MIB
+from memladder.core.verification import Verification, loads_verification
 from memladder.frameworks._shared.base import Framework, Job
 from memladder.meter.outside import patience, runner, watch
 from memladder.models import LayerConfig

@@ -7,7 +7,6 @@ from typing import Any
 
 from memladder.core.case import Case, Workload
 from memladder.core.record import (
-    Check,
     Environment,
     LayerFacts,
     Machine,
@@ -17,9 +16,9 @@ from memladder.core.record import (
     Source,
     Status,
     TracePoint,
-    Verification,
 )
 from memladder.core.units import GIB, MIB
+from memladder.core.verification import Check, Verification
 
 MACHINE = Machine("Test CPU", 24 * GIB, None, None, "Test CPU", 2, 24 * GIB, "Test OS 1", "6.1")
 ENVIRONMENT = Environment(MACHINE, "3.11.7", {"torch": "2.13.0"}, {}, "abc1234", "0.1.0")

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import codecs
 import io
+import json
 import os
 import sys
 from typing import TYPE_CHECKING
+
+from memladder.core.units import mib
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -31,6 +34,16 @@ def plain_console(stderr: bool = False) -> Console:
     if not found.is_terminal and "COLUMNS" not in os.environ:
         found.width = max(found.width, _WIDTH)
     return found
+
+
+def print_json(found: object) -> None:
+    """Print as JSON."""
+    print(json.dumps(found, indent=1))
+
+
+def mib_text(size: int) -> str:
+    """Bytes as MiB with one digit: `1,632.0`."""
+    return f"{mib(size):,.1f}"
 
 
 def take_any_text() -> None:

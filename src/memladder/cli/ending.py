@@ -6,6 +6,8 @@ import errno
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn, TextIO
 
@@ -98,3 +100,14 @@ def _told(error: OSError) -> str:
 def _silence(stream: TextIO) -> None:
     """Python flushes once more when it ends."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+@contextmanager
+def needed(command: str, extra: str) -> Iterator[None]:
+    """A library that is not here is one line that says how to get it."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise UnavailableError(
+            f"{command} needs {error.name}", f"pip install 'memladder[{extra}]'"
+        ) from None

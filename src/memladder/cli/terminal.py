@@ -5,14 +5,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.text import Text
 
+from memladder.cli.console import plain_console
 from memladder.cli.ending import say
 from memladder.core.text import shown
 from memladder.meter.outside.runner import Event
+
+if TYPE_CHECKING:
+    from memladder.engine.packed.packing import Progress
 
 _LONG_S = 30.0
 
@@ -44,3 +48,14 @@ def telling(name: str, console: Console) -> Iterator[Callable[[Event], None]]:
                 say(line)
 
         yield tell
+
+
+@contextmanager
+def progress_bar(what: str) -> Iterator[Progress]:
+    """A bar with the time that is left, where stderr is a terminal; it goes away afterwards."""
+    from rich.progress import Progress as Bar
+
+    console = plain_console(stderr=True)
+    with Bar(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -7,19 +7,21 @@ monotonic clock.
 from __future__ import annotations
 
 import html
-import math
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from memladder.core import serial
-from memladder.core.case import Case, Workload
+from memladder.core.case import Case
 from memladder.core.errors import MemladderError, RecordError
 from memladder.core.plan import CompilerPlan
-from memladder.core.serial import AnyFloat, StrEnum, younger
+from memladder.core.serial import StrEnum, younger
 from memladder.core.text import shown
 from memladder.core.units import format_bytes
+
+if TYPE_CHECKING:
+    from memladder.core.verification import Verification
 
 SCHEMA = 1
 T = TypeVar("T")
@@ -147,7 +149,7 @@ class PhaseUse:
     def __post_init__(self) -> None:
         if self.name not in PHASES:
             raise RecordError(f"phase {self.name[:40]!r} is not one of {', '.join(PHASES)}")
-        _refuse_negative(f"phase {self.name}", self)
+        refuse_negative(f"phase {self.name}", self)
         if self.end_s < self.start_s:
             raise RecordError(f"phase {self.name} ends at {self.end_s} s, before it starts")
 
@@ -182,8 +184,8 @@ class Run:
         names = [phase.name for phase in self.phases]
         if names != [name for name in PHASES if name in names] or "steady" not in names:
             raise RecordError(f"a run's phases are {', '.join(names)}; they end with steady")
-        _refuse_negative("a run", self)
-        _refuse_negative("a category", self.categories)
+        refuse_negative("a run", self)
+        refuse_negative("a category", self.categories)
         if not self.steady_bytes:
             raise RecordError("a run that took no memory in its steady phase")
 
@@ -241,7 +243,7 @@ class Record:
             raise RecordError(f"{self.case.id}: {self.asked_bytes} bytes, plan {self.plan.nbytes}")
         if self.status is not Status.MEASURED and not self.reason:
             raise RecordError(f"{self.case.id}: status {self.status} without a reason")
-        _refuse_negative(self.case.id, self)
+        refuse_negative(self.case.id, self)
 
     def __repr__(self) -> str:
         steady = self.steady_bytes
@@ -292,127 +294,12 @@ class Record:
         return (max(values) - min(values)) / statistics.median(values)
 
 
-@dataclass(frozen=True)
-class Check:
-    """One comparison with the fp32 reference: ‖y − ref‖ / ‖ref‖ over `tokens` and its bound.
-
-    `tokens` counts the leading tokens of each sequence that were compared. Where the weights are
-    quantised, `ref` has the same quantised weights, and `quantisation_error` is the error against
-    the true layer, which is bounded too where the format's theory tells what it may lose: weights
-    that are others altogether would agree with themselves.
-    """
-
-    model: str
-    shape: Workload
-    tokens: int
-    error: AnyFloat
-    tolerance: float
-    quantisation_error: AnyFloat | None = None
-    quantisation_tolerance: AnyFloat | None = None
-    layers: int = younger(1)
-
-    def __post_init__(self) -> None:
-        _refuse_negative(f"the check of {self.model}", self)
-
-    @property
-    def sqnr_db(self) -> float | None:
-        """Signal to quantisation noise of the layer's output: −20 log10 of the error."""
-        lost = self.quantisation_error
-        return -20 * math.log10(lost) if lost else None
-
-    @property
-    def agrees(self) -> bool:
-        """NaN never agrees."""
-        return self.error <= self.tolerance and self.keeps_the_layer
-
-    @property
-    def keeps_the_layer(self) -> bool:
-        """Whether quantising lost no more than its format explains, as far as that is known."""
-        if self.quantisation_tolerance is None:
-            return True
-        lost = self.quantisation_error
-        return lost is not None and lost <= self.quantisation_tolerance
-
-
-@dataclass(frozen=True)
-class StructureCheck:
-    """What a framework holds, where its output can't be read, against the layer that it should run.
-
-    `weight_bytes` are held, `expected_bytes` the format's closed form; `differing` names parameters
-    that are missing, are of another shape, or are not the layer's.
-    """
-
-    model: str
-    shape: Workload
-    layers: int
-    weight_bytes: int
-    expected_bytes: int
-    differing: tuple[str, ...]
-    expected_layers: int = younger(1)
-
-    def __post_init__(self) -> None:
-        _refuse_negative(f"the check of {self.model}", self)
-
-    @property
-    def agrees(self) -> bool:
-        """As many layers as asked for, all of their parameters, in the row's format."""
-        fits = weights_fit(self.weight_bytes, self.expected_bytes)
-        return self.layers == self.expected_layers and not self.differing and fits
-
-    def explain(self) -> str:
-        """What was compared, in words."""
-        layers = "1 layer" if self.layers == 1 else f"{self.layers} layers"
-        shapes = f"differing: {', '.join(self.differing)}" if self.differing else "all shapes right"
-        return (
-            f"{layers}, {shapes}, {self.weight_bytes} bytes of weights where "
-            f"{self.expected_bytes} are expected"
-        )
-
-
-def _refuse_negative(what: str, holder: object) -> None:
+def refuse_negative(what: str, holder: object) -> None:
     """Raise RecordError where a number of a dataclass or mapping is below zero."""
     numbers = holder if isinstance(holder, Mapping) else vars(holder)
     for name, value in numbers.items():
         if isinstance(value, (int, float)) and value < 0:
             raise RecordError(f"{what}: {name} is {value}, and can't be below 0")
-
-
-def weights_fit(held: int, expected: int) -> bool:
-    """Are the bytes of the weights those of their format, padding aside?
-
-    One matrix in fp16 where 8 bits were asked for would add 1 % at least: the smallest of the
-    figure's layers, LLaMA's k, has 1 % of the parameters.
-    """
-    return abs(held - expected) <= expected // 200
-
-
-@dataclass(frozen=True)
-class Verification:
-    """Whether a framework computes the layers' function, in one environment.
-
-    `structure` has the checks of a framework whose outputs can't be read.
-    """
-
-    framework: str
-    device: str
-    checks: tuple[Check, ...]
-    settings: Mapping[str, str | int | float | bool]
-    environment: Environment
-    structure: tuple[StructureCheck, ...] | None = None
-    schema: int = SCHEMA
-
-    @property
-    def models(self) -> frozenset[str]:
-        """The models whose layers were checked."""
-        return frozenset(check.model for check in self._all())
-
-    @property
-    def agrees(self) -> bool:
-        """All checks agree, and there was at least one."""
-        return bool(self._all()) and all(check.agrees for check in self._all())
-
-    def _all(self) -> tuple[Check | StructureCheck, ...]:
-        return (*self.checks, *(self.structure or ()))
 
 
 def dumps(record: Record | Verification) -> str:
@@ -422,15 +309,11 @@ def dumps(record: Record | Verification) -> str:
 
 def loads_record(text: str) -> Record:
     """The record in a JSON text. Raises RecordError."""
-    return _loads(Record, text)
+    return loads(Record, text)
 
 
-def loads_verification(text: str) -> Verification:
-    """The verification in a JSON text. Raises RecordError."""
-    return _loads(Verification, text)
-
-
-def _loads(kind: type[T], text: str) -> T:
+def loads(kind: type[T], text: str) -> T:
+    """The record or verification in a JSON text. Raises RecordError."""
     try:
         return serial.from_json(kind, serial.loads(text))
     except (ValueError, MemladderError) as error:

@@ -15,9 +15,9 @@ from memladder.core import serial
 from memladder.core.case import Case
 from memladder.core.errors import MemladderError
 from memladder.core.plan import CompilerPlan
-from memladder.core.record import Check, StructureCheck
 from memladder.core.serial import StrEnum
 from memladder.core.text import clean, cleaned
+from memladder.core.verification import Check, StructureCheck
 from memladder.frameworks._shared.base import Job, Setting
 from memladder.models import LayerConfig, ModelConfig
 

@@ -11,8 +11,9 @@ from typing import TypeAlias
 from memladder import frameworks
 from memladder.core.case import Workload
 from memladder.core.errors import UsageError
-from memladder.core.record import Record, Source, Status, Verification
+from memladder.core.record import Record, Source, Status
 from memladder.core.units import format_bytes, mib
+from memladder.core.verification import Verification
 from memladder.reports.style import STATUS_TEXT, UNVERIFIED, WRONG
 
 Key: TypeAlias = tuple[str, str, Workload]

@@ -8,8 +8,9 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 
-from memladder.core.record import Record, Status, Verification
+from memladder.core.record import Record, Status
 from memladder.core.units import format_bytes, mib
+from memladder.core.verification import Verification
 from memladder.reports.cells import ensure_one_machine, is_wrong, plain_name, representative
 from memladder.reports.style import WRONG
 

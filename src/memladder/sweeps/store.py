@@ -20,14 +20,8 @@ from memladder.core import serial
 from memladder.core.case import Case
 from memladder.core.errors import MemladderError, RecordError, UsageError
 from memladder.core.files import locked, read_regular, writable_folder, write_atomic
-from memladder.core.record import (
-    SCHEMA,
-    Record,
-    Verification,
-    dumps,
-    loads_record,
-    loads_verification,
-)
+from memladder.core.record import SCHEMA, Record, dumps, loads_record
+from memladder.core.verification import Verification, loads_verification
 
 T = TypeVar("T")
 

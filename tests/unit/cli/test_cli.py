@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from memladder.cli import actions
+from memladder.cli.commands.frameworks import list_frameworks
 from memladder.core.files import write_atomic
 from memladder.frameworks._shared.base import Availability
 from memladder.sweeps import cases as sweep_cases
@@ -246,7 +246,7 @@ def test_install_commands_are_printed_as_they_are(
     install = "pip install 'memladder[pytorch]'"
     found = Availability(False, reason="it is missing", install=install)
     monkeypatch.setattr(sweep_cases, "availability", lambda *_: found)
-    actions.show_frameworks("cpu")
+    list_frameworks("cpu")
     assert install in capsys.readouterr().out
 
 

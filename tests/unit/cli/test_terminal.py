@@ -10,7 +10,8 @@ import pytest
 from rich.table import Table
 from rich.text import Text
 
-from memladder.cli import actions, ending, terminal
+from memladder.cli import ending, terminal
+from memladder.cli.commands import table as command
 from memladder.cli.console import plain_console
 from memladder.core.case import Case, Workload
 from memladder.core.record import Status
@@ -105,7 +106,7 @@ def test_warnings_about_a_store_are_escaped(
 ) -> None:
     found = store.Contents([record()], [], {tmp_path / "x\x1b[1m.json": EVIL})  # type: ignore[list-item]
     monkeypatch.setattr(store, "read", lambda _: found)
-    actions.print_table(tmp_path, "md")
+    command.table(tmp_path, "md")
     said = capsys.readouterr()
     harmless(said.err)
     assert said.err.count("\n") == 1

@@ -219,6 +219,9 @@ def test_programs_that_are_none(tmp_path: Path, cache_dir: Path) -> None:
             bundle.load(program, weights)
     program.write_text(text)
     weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(FormatError, match="not as it was written: its SHA-256 differs"):
+        bundle.load(program, weights)
+    weights.with_name("weights.sha256").unlink()
     with pytest.raises(FormatError, match="not a readable safetensors file"):
         bundle.load(program, weights)
 

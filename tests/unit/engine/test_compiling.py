@@ -15,7 +15,7 @@ import torch
 from onnx import TensorProto
 
 from memladder import load_layer, models
-from memladder.cli import compiling
+from memladder.cli.commands import run
 from memladder.core.case import Workload
 from memladder.core.errors import UsageError
 from memladder.models import onnx_export
@@ -90,7 +90,7 @@ def test_headers_of_inputs_that_were_changed(model: Path, tmp_path: Path) -> Non
             changed[pick.randrange(128)] = pick.choice([pick.randrange(256), *b"0123456789(),'<>f"])
         path.write_bytes(changed)
         with suppress(UsageError):
-            assert compiling._states(path, (2, 5, 8)).shape == (2, 5, 8)
+            assert run._states(path, (2, 5, 8)).shape == (2, 5, 8)
             read += 1
     assert read < 300
 

@@ -10,7 +10,7 @@ import torch
 
 from memladder import formats, frameworks, models
 from memladder.core.case import Case, Workload
-from memladder.core.record import Check
+from memladder.core.verification import Check
 from memladder.engine.compile import layers
 from memladder.engine.packed import packed_layer, reference
 from memladder.frameworks._shared.base import Job

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from memladder import formats, models
-from memladder.cli import quantizing
+from memladder.cli.commands import quantize
 from memladder.core.errors import MemladderError, UsageError
 from memladder.engine.compile import layers
 from memladder.engine.packed import checkpoint, packed_layer, packing
@@ -458,8 +458,8 @@ def test_bad_arguments_are_one_line(
 
 BAD_POSITIONS: list[tuple[dict[str, Any], str]] = [
     ({"rope_type": "yarn", "factor": 2.0}, "no rotary positions of type 'yarn'"),
-    ({"rope_type": "llama3"}, "transformers can't build this llama layer: .Missing required"),
-    ({"rope_type": "linear", "factor": "x"}, "transformers can't build this llama layer"),
+    ({"rope_type": "llama3"}, "transformers can't build this llama: .Missing required"),
+    ({"rope_type": "linear", "factor": "x"}, "transformers can't build this llama"),
     ({"rope_type": "linear", "factor": 0}, "numbers by position that are not finite"),
 ]
 
@@ -482,7 +482,7 @@ def test_bad_positions_are_one_line(tmp_path: Path) -> None:
     process = start(code, "quantize", tmp_path / "c", "--out", tmp_path / "out")
     printed, said = process.communicate(timeout=120)
     assert (process.returncode, printed, said.count("\n")) == (2, "", 1)
-    assert "transformers can't build this llama layer" in said
+    assert "transformers can't build this llama" in said
     assert list((tmp_path / "out").iterdir()) == []
 
 
@@ -582,7 +582,7 @@ def test_no_packed_file_without_its_summary(
     def full(path: Path, _: str) -> None:
         raise UsageError(f"cannot write {path}: No space left on device")
 
-    monkeypatch.setattr(quantizing, "write_atomic", full)
+    monkeypatch.setattr(quantize, "write_atomic", full)
     refused(memladder("quantize", "bloom", "--out", "out"), "int4.json: No space left on device")
 
 
@@ -635,7 +635,7 @@ def peak(code: str, *arguments: str | Path) -> int:
 def test_memory_stays_below_the_result_and_256_mib(large: Path, tmp_path: Path) -> None:
     modules = "checkpoint, packed_layer, packing"
     before = peak(
-        "from memladder import formats; from memladder.cli import quantizing; "
+        "from memladder import formats; from memladder.cli.commands import quantize; "
         f"from memladder.engine.packed import {modules}"
     )
     code = (

@@ -46,10 +46,10 @@ def test_it_holds_fp16_weights_and_the_least_arena(model: str, cache_dir: Path) 
 def test_it_runs_what_ladder_runs_in_fp16(cache_dir: Path) -> None:
     job, _ = started("llama", Workload(2, 1), cache_dir)
     folder = weights.ensure(job.config, cache_dir, 0).parent
-    before = sorted(folder.glob("packed-fp16-*"))
+    before = sorted(folder.glob("packed-fp16-*.safetensors"))
     frameworks.get("ladder").prepare(job)
     assert len(before) == 1
-    assert sorted(folder.glob("packed-fp16-*")) == before
+    assert sorted(folder.glob("packed-fp16-*.safetensors")) == before
     assert frameworks.get("welder").makes(job) == frameworks.get("ladder").makes(job)
 
 

@@ -4,7 +4,8 @@ import pytest
 
 from memladder.core.case import Case, Workload
 from memladder.core.errors import UnavailableError
-from memladder.core.record import PHASES, Check
+from memladder.core.record import PHASES
+from memladder.core.verification import Check
 from memladder.frameworks._shared.base import Job, OutOfMemoryError
 from memladder.meter.inside.worker import failure
 from memladder.meter.outside.watch import Story, require_order

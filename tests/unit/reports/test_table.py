@@ -11,7 +11,6 @@ from memladder.core.case import Case, Workload
 from memladder.core.errors import UsageError
 from memladder.core.plan import CompilerPlan
 from memladder.core.record import (
-    Check,
     Environment,
     LayerFacts,
     Machine,
@@ -20,10 +19,9 @@ from memladder.core.record import (
     Run,
     Source,
     Status,
-    StructureCheck,
-    Verification,
 )
 from memladder.core.units import GIB, MIB
+from memladder.core.verification import Check, StructureCheck, Verification
 from memladder.paper.published import published
 from memladder.reports import table
 from memladder.reports.cells import Cell, cells_from, device_label, ensure_one_machine, notes_from

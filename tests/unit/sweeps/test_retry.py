@@ -19,7 +19,7 @@ from tests.unit import examples
 from tests.unit.sweeps.test_verification import _View
 
 CASE = Case("llama", "pytorch", Workload(1, 1), "cpu")
-CONFIGS = {"llama": models.layer_config("llama")}
+SUBJECTS = {"llama": models.Subject(models.layer_config("llama"))}
 
 
 @pytest.fixture
@@ -38,11 +38,11 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
 
 def swept(store: Store, status: Status, retry: frozenset[Status]) -> serial.Outcome:
     """A sweep of one case that ended so before."""
-    layer = replace(examples.LAYER, digest=CONFIGS["llama"].digest)
+    layer = replace(examples.LAYER, digest=SUBJECTS["llama"].config.digest)
     changes = {} if status is Status.MEASURED else {"reason": "it ended so"}
     store.save(examples.record(status=status, layer=layer, **changes))
     options = serial.SweepOptions(store.folder, 1, runner.Limits(), retry=retry)
-    return serial.sweep([CASE], CONFIGS, store, options, _View())
+    return serial.sweep([CASE], SUBJECTS, store, options, _View())
 
 
 @pytest.mark.parametrize("status", [Status.BUSY, Status.FAILED, Status.TIMEOUT])

@@ -9,16 +9,17 @@ import numpy as np
 import pytest
 
 from memladder import models
-from memladder.cli import actions
 from memladder.core.case import Case, Workload
 from memladder.core.errors import WorkerError
-from memladder.core.record import Check, Record, Verification
+from memladder.core.record import Record
+from memladder.core.verification import Check, Verification
 from memladder.frameworks._shared.base import Availability, Framework, Job, Session
 from memladder.meter.inside import worker
 from memladder.meter.outside import runner
 from memladder.models import reference, weights
 from memladder.reports import table
 from memladder.reports.cells import cells_from
+from memladder.sweeps import cases as sweep_cases
 from memladder.sweeps.executors import serial
 from memladder.sweeps.store import Store
 from tests.unit import examples
@@ -114,7 +115,7 @@ def test_verify_says_why_a_row_does_not_agree(
     what: str, memladder: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = replace(examples.verification(), checks=(CHECKS[what],))
-    monkeypatch.setattr(actions.sweep_cases, "availability", lambda *_: Availability(True, "1"))
+    monkeypatch.setattr(sweep_cases, "availability", lambda *_: Availability(True, "1"))
     monkeypatch.setattr(runner, "verify", lambda *_, **__: made)
     done = memladder("verify", "--frameworks", "pytorch", "--device", "cpu")
     assert done.code == 1

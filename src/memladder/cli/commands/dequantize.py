@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from memladder.cli.actions import needed, progress_bar
+from memladder.cli.ending import needed
+from memladder.cli.terminal import progress_bar
 from memladder.core.errors import UsageError
 from memladder.core.files import new_folder
 

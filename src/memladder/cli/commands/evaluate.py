@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from memladder.cli.actions import needed, progress_bar
 from memladder.cli.console import plain_console
+from memladder.cli.ending import needed
+from memladder.cli.terminal import progress_bar
 from memladder.core.errors import UsageError
 from memladder.core.files import write_atomic
 

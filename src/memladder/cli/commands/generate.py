@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from memladder.cli.actions import needed
+from memladder.cli.ending import needed
 from memladder.core.errors import UsageError
 from memladder.core.units import format_bytes
 
 if TYPE_CHECKING:
     from memladder.engine.run.model import RunnableModel
     from memladder.engine.run.tokenizer import Tokenizer
-
 
 _TOKENS = 256
 

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from memladder.cli.actions import needed
 from memladder.cli.console import plain_console
+from memladder.cli.ending import needed
 from memladder.core.units import mib
 
 if TYPE_CHECKING:

@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING
 
 from memladder import frameworks
 from memladder.core.errors import MemladderError, UnavailableError
-from memladder.core.record import PHASES, Check, StructureCheck, weights_fit
+from memladder.core.record import PHASES
 from memladder.core.units import format_bytes
+from memladder.core.verification import Check, StructureCheck, weights_fit
 from memladder.frameworks._shared.base import Framework, Job, OutOfMemoryError, Session, Structure
 from memladder.meter.protocol import (
     AGAIN,

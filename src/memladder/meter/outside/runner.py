@@ -13,16 +13,9 @@ from memladder.core import devices
 from memladder.core.case import ALL, Case, Workload
 from memladder.core.devices import UNKNOWN, Device
 from memladder.core.errors import RecordError, UnavailableError, UsageError, WorkerError
-from memladder.core.record import (
-    ForeignProcess,
-    LayerFacts,
-    Record,
-    Run,
-    Source,
-    Status,
-    Verification,
-)
+from memladder.core.record import ForeignProcess, LayerFacts, Record, Run, Source, Status
 from memladder.core.units import MIB, format_bytes
+from memladder.core.verification import Verification
 from memladder.environments import ask
 from memladder.frameworks._shared.base import Availability, Framework, Job, Setting
 from memladder.meter import environment

@@ -15,9 +15,10 @@ from memladder import formats, models
 from memladder.accounting import split
 from memladder.core.errors import MemladderError
 from memladder.core.ledger import Ledger
-from memladder.core.record import Record, Run, Source, Status, Verification
+from memladder.core.record import Record, Run, Source, Status
 from memladder.core.serial import to_json
 from memladder.core.units import MIB
+from memladder.core.verification import Verification
 from memladder.engine.program.budget import budget
 from memladder.models import LayerConfig
 from memladder.predictor import evidence

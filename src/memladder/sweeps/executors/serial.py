@@ -11,7 +11,8 @@ from typing import Protocol
 from memladder import frameworks
 from memladder.core.case import Case
 from memladder.core.errors import MemladderError
-from memladder.core.record import Record, Status, Verification
+from memladder.core.record import Record, Status
+from memladder.core.verification import Verification
 from memladder.frameworks._shared.base import Job
 from memladder.meter import environment
 from memladder.meter.outside import runner

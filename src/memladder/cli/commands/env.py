@@ -1,4 +1,4 @@
-"""What `memladder env …` does and prints."""
+"""`memladder env …`: environments of frameworks' own."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Annotated
 
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+import typer
 from rich.table import Table
 
 from memladder import frameworks
 from memladder.cli.console import plain_console
+from memladder.cli.options import Device
 from memladder.core.errors import UsageError
 from memladder.environments import ask, install, interpreter
 from memladder.meter import environment
@@ -22,9 +24,19 @@ _PACKAGES = re.compile(r"^# packages: (\d+)", re.MULTILINE)
 _FOUND = re.compile(r"Collecting (\S+)")
 _WIDTH = 60
 
+EnvironmentOf = Annotated[
+    str, typer.Argument(metavar="FRAMEWORK", help="A framework's key; its variants share one.")
+]
 
-def create(framework: str, device: str, python: str | None) -> None:
-    """Make a framework's environment, with progress, and say what it can do."""
+
+def create(
+    framework: EnvironmentOf,
+    device: Device = "auto",
+    python: Annotated[
+        str | None, typer.Option(metavar="PATH", help="The Python to make it of; default: ours.")
+    ] = None,
+) -> None:
+    """Make an environment from a framework's pinned requirements, under the cache folder."""
     name = _name(framework)
     resolved = environment.resolve_device(device)
     wanted = install.requirements(name, resolved)
@@ -35,8 +47,13 @@ def create(framework: str, device: str, python: str | None) -> None:
     _tell(name, resolved)
 
 
-def use(framework: str, python: str) -> None:
-    """Point a framework to an interpreter, and say what it can do there."""
+def use(
+    framework: EnvironmentOf,
+    python: Annotated[
+        str, typer.Option(metavar="PATH", help="An interpreter that has the framework.")
+    ],
+) -> None:
+    """Let a framework's workers start with an interpreter that is there already."""
     name = _name(framework)
     print(install.use(name, python).python)
     told = interpreter.variable(name)
@@ -44,14 +61,8 @@ def use(framework: str, python: str) -> None:
     _tell(name, environment.resolve_device("auto"))
 
 
-def remove(framework: str) -> None:
-    """Forget or delete a framework's environment."""
-    for line in install.remove(_name(framework)):
-        print(line)
-
-
-def show() -> None:
-    """Print whose Python each framework runs in."""
+def list_environments() -> None:
+    """Whose Python each framework runs in."""
     table = Table()
     table.add_column("environment", no_wrap=True)
     for column in ("whose", "interpreter", "to change it"):
@@ -64,6 +75,12 @@ def show() -> None:
             _advice(item),
         )
     print_table(plain_console(), table)
+
+
+def remove(framework: EnvironmentOf) -> None:
+    """Delete a made environment; only forget one that was pointed to."""
+    for line in install.remove(_name(framework)):
+        print(line)
 
 
 def _advice(item: install.Listed) -> str:
@@ -100,6 +117,14 @@ def _say(text: str) -> None:
 @contextmanager
 def _progress(name: str, wanted: Path) -> Iterator[Callable[[str], None]]:
     """A bar that counts packages found, with what the installer says beside it; it goes away."""
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
     found = _PACKAGES.search(wanted.read_text(encoding="utf-8"))
     console = plain_console(stderr=True)
     columns = (

@@ -1,4 +1,4 @@
-"""Packing a layer of a checkpoint: what `memladder quantize` does, and what it tells."""
+"""`memladder quantize`: a layer of a checkpoint, packed; what it takes and loses."""
 
 from __future__ import annotations
 
@@ -8,13 +8,17 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
 from rich.table import Column, Table
 
 from memladder import models
-from memladder.cli.actions import needed, progress_bar
+from memladder.cli.commands.quantize_all import quantize_all
 from memladder.cli.console import plain_console
+from memladder.cli.ending import needed
+from memladder.cli.options import MAX_LAYER, count
+from memladder.cli.terminal import progress_bar
 from memladder.core import digests
 from memladder.core.errors import FormatError, UsageError
 from memladder.core.files import writable_folder, write_atomic
@@ -26,7 +30,46 @@ if TYPE_CHECKING:
     from memladder.engine.packed.packing import MatrixReport
 
 
-def quantize(folder: Path, number: int, text: str, out: Path) -> None:
+def quantize(
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(metavar="CHECKPOINT", help="A folder with config.json and safetensors."),
+    ],
+    out: Annotated[
+        Path, typer.Option("--out", metavar="DIR", help="Where the packed file is written.")
+    ],
+    layer: Annotated[str, typer.Option(metavar="N", help="Which decoder layer, from 0.")] = "0",
+    whole: Annotated[
+        bool, typer.Option("--all", help="All layers, embeddings and head: a model that runs.")
+    ] = False,
+    keep: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN", help="With --all: matrices that stay in fp16."),
+    ] = None,
+    head_format: Annotated[
+        str, typer.Option(metavar="FORMAT", help="With --all: of the head, and of tied embeddings.")
+    ] = "fp16",
+    form: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            metavar="FORMAT",
+            help="int4, nf4, mxfp4, … and parameters: int4:group_size=64.",
+        ),
+    ] = "int4",
+) -> None:
+    """Pack a layer of a local checkpoint in a number format, or all of it."""
+    if whole:
+        kept = tuple(keep or ())
+        quantize_all(checkpoint, out, form=form, kept=kept, head_format=head_format)
+        return
+    if keep or head_format != "fp16":
+        raise UsageError("--keep and --head-format are for --all")
+
+    _quantize(checkpoint, count("layer", layer, MAX_LAYER, least=0), form, out)
+
+
+def _quantize(folder: Path, number: int, text: str, out: Path) -> None:
     """Pack a checkpoint's layer in a format; print, and keep, what each matrix takes and loses."""
     # transformers has more to say about positions than the one line of an error.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -1,4 +1,4 @@
-"""`report`: one page of records that opens anywhere."""
+"""`memladder report`: one page of records that opens anywhere."""
 
 from __future__ import annotations
 
@@ -7,12 +7,8 @@ from typing import Annotated
 
 import typer
 
+from memladder.cli.ending import say
 from memladder.core.errors import UsageError
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command."""
-    app.command()(report)
 
 
 def report(
@@ -32,7 +28,6 @@ def report(
     ] = None,
 ) -> None:
     """Write one self-contained page: figure, ledgers, comparison, table, what fits."""
-    from memladder.cli.ending import say
     from memladder.paper import page
     from memladder.paper.rows import MODELS
 

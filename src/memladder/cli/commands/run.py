@@ -1,4 +1,4 @@
-"""`memladder compile` and `memladder run`."""
+"""`memladder run`: a compiled layer."""
 
 from __future__ import annotations
 
@@ -6,66 +6,34 @@ import math
 import os
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from memladder.cli.actions import needed, progress_bar
+import typer
+
+from memladder.cli.ending import needed
 from memladder.core.errors import UsageError
-from memladder.core.files import (
-    new_folder,
-    open_new,
-    open_regular,
-    require_replaceable,
-    write_atomic,
-)
-from memladder.core.units import format_bytes
+from memladder.core.files import open_new, open_regular, require_replaceable
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from memladder.engine.compile.compile import Result
 
-
-def compile_model(
-    model: Path,
-    out: Path,
-    *,
-    engine: str,
-    form: str,
-    activation: str | None,
-    kept: tuple[str, ...],
-    budget: int | None,
+def run_layer(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="What `compile` has written.")],
+    given: Annotated[Path, typer.Option("--input", metavar="X.NPY", help="Hidden states.")],
+    out: Annotated[Path, typer.Option("--output", metavar="Y.NPY")],
+    device: Annotated[
+        str | None, typer.Option(metavar="cpu|cuda:N", help="Default: a GPU where there is one.")
+    ] = None,
+    check: Annotated[
+        str, typer.Option(metavar="output|steps|none", help="Where to look for NaN and infinity.")
+    ] = "output",
 ) -> None:
-    """Compile an ONNX file into a new folder. Nothing is left there if it can't be done.
-
-    `budget`: bytes of the arena; the rest as in `CompileOptions`.
-    """
-    with needed("compile", "welder"):
-        import onnx  # noqa: F401  (it is imported where a file is read)
-
-        from memladder.engine.compile import arena, bundle, schedule
-        from memladder.engine.compile.compile import CompileOptions, compile_file
-        from memladder.engine.run import kernel_files
-
-    options = CompileOptions(engine, form, activation, kept, budget)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UsageError(f"{out} is in use; name a new folder, or an empty one")
-    found = compile_file(model, options)
-    with new_folder(out) as part:
-        with progress_bar("packing") as progress:
-            bundle.pack(found, part / bundle.WEIGHTS, progress)
-        write_atomic(part / bundle.PROGRAM, bundle.program_json(found))
-        kernels = kernel_files.write(part)
-        write_atomic(part / "schedule.md", schedule.markdown(found, model.name, options.engine))
-        arena.draw(found.program, found.plan, part / "arena.svg")
-    print(f"{_summary(found, out)}; {kernels}")
+    """Run a compiled layer on a GPU, or on the CPU."""
+    _run(folder, given, out, device, check)
 
 
-def _summary(found: Result, out: Path) -> str:
-    steps = len(found.program.steps)
-    return f"{out}: {steps} steps, arena {format_bytes(found.plan.nbytes)}, chunk {found.chunk}"
-
-
-def run_folder(folder: Path, given: Path, out: Path, device: str | None, check: str) -> None:
+def _run(folder: Path, given: Path, out: Path, device: str | None, check: str) -> None:
     """Run a compiled layer, from one .npy file to another; `device`, `check` as in `load_layer`."""
     with needed("run", "ladder"):
         import numpy as np
