@@ -108,7 +108,7 @@ def test_on_cuda_it_says_why_it_can_not_run(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(ladder, "installed", lambda name: True)
     monkeypatch.setattr(ladder, "cuda_build", lambda: "13.0")
     for capability, key, reason in (
-        ((7, 5), "ladder", "Ladder-W_FP16 A_FP16 needs compute capability 8.0; cuda:0 has 7.5"),
+        ((7, 5), "ladder", "Ladder needs compute capability 8.0; cuda:0 has 7.5"),
         ((8, 0), "ladder", None),
         ((8, 6), "ladder_fp8_fp8", "needs compute capability 8.9; cuda:0 has 8.6"),
         ((8, 6), "ladder_mxfp8_mxfp8", "needs compute capability 8.9; cuda:0 has 8.6"),
