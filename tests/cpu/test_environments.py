@@ -83,7 +83,9 @@ def test_an_environment_is_asked_for_what_it_has(
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("name", ["onnxruntime", "bitsandbytes"])
+@pytest.mark.parametrize(
+    "name", ["onnxruntime", pytest.param("bitsandbytes", marks=pytest.mark.slow)]
+)
 def test_an_environment_is_made_from_the_registry(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
