@@ -8,6 +8,7 @@ import importlib.util
 import io
 import json
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 
 import memladder
+from memladder.core.errors import MemladderError
 from memladder.core.record import Status
 from memladder.core.units import MIB
 from memladder.predictor import api
@@ -169,15 +171,13 @@ def test_form_says_what_the_predictor_says(opened: Open, h100: Path) -> None:
     ):
         row = draw.choice(rows)
         is_fp8 = (row["framework"], row["format"]) == ("vllm", "fp8")
-        found = api.predict(
-            name,
-            row["framework"],
-            batch_size=batch,
-            past=context - 1,
-            layers="all",
-            gpu=gpu,
-            settings={"weight_format": "fp8"} if is_fp8 else {},
-        )
+        settings = {"weight_format": "fp8"} if is_fp8 else {}
+        question = {"batch_size": batch, "past": context - 1, "layers": "all", "gpu": gpu}
+        if "reason" in row:
+            with pytest.raises(MemladderError, match=re.escape(row["reason"])):
+                api.predict(name, row["framework"], settings=settings, **question)
+            continue
+        found = api.predict(name, row["framework"], settings=settings, **question)
         room = api.device(gpu, None).usable_bytes
         assert (row["needed"], row["low"], row["high"]) == (
             found.total_bytes,
